@@ -1,0 +1,75 @@
+"""One all-to-all that brings every sequence to the data-parallel rank that trains on it, wherever it was made."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from grpo_mega.engine.device import device
+from grpo_mega.types import TrainSequence
+
+_HEADER = 5  # order, prompt length, total length, number of log-probs, advantage
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """Of every sequence of an update, on any rank, by order."""
+
+    total: dict[int, int]
+    response: dict[int, int]
+
+
+def gather_lengths(sequences: Sequence[TrainSequence]) -> Lengths:
+    """A collective over all ranks: what the batch plan and the global denominators are computed from."""
+    mine = np.array([(s.order, s.length, s.response_length) for s in sequences], np.int64).reshape(-1, 3)
+    parts: list[np.ndarray] = [mine] * dist.get_world_size()
+    dist.all_gather_object(parts, mine)
+    rows = np.concatenate(parts).tolist()
+    return Lengths({row[0]: row[1] for row in rows}, {row[0]: row[2] for row in rows})
+
+
+def exchange(
+    sequences: Sequence[TrainSequence], dp_rank_of_order: Mapping[int, int], dp_rank_of_rank: Sequence[int]
+) -> dict[int, TrainSequence]:
+    """Send each sequence to all ranks of its data-parallel rank (its tensor and pipeline ranks need the same tokens).
+
+    Numbers travel as float64, which holds token ids up to 2^53 and every float32 exactly.
+    """
+    outgoing = [
+        np.concatenate([np.empty(0), *(_encode(s) for s in sequences if dp_rank_of_order[s.order] == dp_rank)])
+        for dp_rank in dp_rank_of_rank
+    ]
+    sent = torch.tensor([len(part) for part in outgoing], device=device())
+    received = torch.empty_like(sent)
+    dist.all_to_all_single(received, sent)
+    payload = torch.from_numpy(np.concatenate(outgoing)).to(device())
+    result = payload.new_empty(int(received.sum()))
+    dist.all_to_all_single(result, payload, received.tolist(), sent.tolist())
+    return _decode(result.cpu().numpy())
+
+
+def _encode(sequence: TrainSequence) -> np.ndarray:
+    logprobs = sequence.sampler_logprobs
+    header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, sequence.advantage)
+    return np.concatenate([np.array(header, np.float64), sequence.token_ids, logprobs.astype(np.float64)])
+
+
+def _decode(buffer: np.ndarray) -> dict[int, TrainSequence]:
+    sequences, at = {}, 0
+    while at < len(buffer):
+        order, prompt_length, length, logprobs = (int(number) for number in buffer[at : at + _HEADER - 1])
+        tokens = at + _HEADER
+        end = tokens + length + logprobs
+        sequences[order] = TrainSequence(
+            order=order,
+            token_ids=buffer[tokens : tokens + length].astype(np.int64),
+            prompt_length=prompt_length,
+            sampler_logprobs=buffer[tokens + length : end].astype(np.float32),
+            advantage=float(buffer[at + _HEADER - 1]),
+        )
+        at = end
+    return sequences

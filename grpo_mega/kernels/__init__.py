@@ -1,0 +1,1 @@
+"""Numerical kernels: one signature each, whatever the device."""

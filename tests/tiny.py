@@ -1,0 +1,68 @@
+"""Small real models and batches that the tests share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from grpo_mega.types import TrainSequence
+
+FAMILIES = ("qwen2", "qwen2-tied", "qwen3", "llama")
+VOCAB = 100
+
+
+def hf_config(family: str) -> PretrainedConfig:
+    kind, _, tied = family.partition("-")
+    extra = {"head_dim": 16} if kind.startswith("qwen3") else {}
+    if kind == "qwen3_moe":
+        extra |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+    return AutoConfig.for_model(
+        kind,
+        hidden_size=64,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=128,
+        vocab_size=VOCAB,
+        max_position_embeddings=128,
+        tie_word_embeddings=bool(tied),
+        initializer_range=0.2,
+        **extra,
+    )
+
+
+def save_model(family: str, directory: Path) -> Path:
+    """A random model whose norms and biases are not the trivial ones and zeros."""
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(hf_config(family), dtype=torch.float32)
+    for name, parameter in model.named_parameters():
+        if "norm" in name or "bias" in name:
+            torch.nn.init.normal_(parameter, 1.0 if "norm" in name else 0.0, 0.1)
+    model.save_pretrained(directory)
+    return directory
+
+
+def load_model(directory: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
+
+
+def random_sequences(count: int, seed: int = 0, *, shortest: int = 3, longest: int = 17) -> list[TrainSequence]:
+    """Sequences of unlike lengths with made-up sampler log-probs and advantages."""
+    rng = np.random.default_rng(seed)
+    sequences = []
+    for order in range(count):
+        length = int(rng.integers(shortest, longest + 1))
+        prompt = int(rng.integers(1, length - 1))
+        sequences.append(
+            TrainSequence(
+                order=order,
+                token_ids=rng.integers(0, VOCAB, length),
+                prompt_length=prompt,
+                sampler_logprobs=rng.normal(-4.0, 1.0, length - prompt).astype(np.float32),
+                advantage=float(rng.normal()),
+            )
+        )
+    return sequences
