@@ -1,0 +1,1 @@
+"""The algorithm's own arithmetic: advantages, objectives and weightings."""

@@ -1,0 +1,81 @@
+"""Evaluation on held-out problems: sampled like a user would sample, on all ranks, the same numbers whatever the layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from grpo_mega.data.stream import PromptStream
+from grpo_mega.engine.device import device
+from grpo_mega.engine.parallel import Layout
+from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
+from grpo_mega.recipe.schema import EvalBlock
+from grpo_mega.reward.assembly import RewardAssembly
+from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.rollout.sampling import SamplingParams
+from grpo_mega.types import Group, Score
+
+
+def evaluate(
+    engine: LocalEngine,
+    problems: PromptStream,
+    rewards: RewardAssembly,
+    params: SamplingParams,
+    block: EvalBlock,
+    layout: Layout,
+    seed: int,
+) -> dict[str, float]:
+    """`eval_avg_test_pass_rate` is the mean over all problems of the share of tests passed; a failed parse counts 0.
+
+    Each problem's samples use the same random numbers at every evaluation, so that two evaluations differ by the policy.
+    """
+    count = min(block.samples or len(problems), len(problems))
+    share = engine.share([problems.prompt(index) for index in range(count)], layout.rank, layout.world_size)
+    groups = engine.generate([prompt for _, prompt in share], max(block.pass_at), params, seed)
+    metrics = reduce(_metrics(groups, rewards.score_groups(groups), block), dist.group.WORLD)
+    if "eval_avg_test_pass_rate" in metrics:
+        mean_square = metrics.pop("eval_pass_rate_square")
+        spread = max(0.0, mean_square - metrics["eval_avg_test_pass_rate"] ** 2)
+        metrics["eval_std_pass_rate"] = math.sqrt(spread)
+    return metrics
+
+
+def _metrics(
+    groups: Sequence[Group], scores: Sequence[tuple[Score, ...]], block: EvalBlock
+) -> dict[str, Metric]:
+    """Every rank brings the same names, also one that had no problem."""
+    rates_PK = torch.tensor([[s.pass_rate for s in group] for group in scores], dtype=torch.float64)
+    rates_PK = rates_PK.reshape(len(groups), max(block.pass_at)).to(device())
+    rate_P = rates_PK.mean(1)
+    known_P = ~rate_P.isnan()  # a reward that knows no success gives no pass rate
+    lengths = torch.tensor(
+        [len(sample.response_ids) for group in groups for sample in group.samples], dtype=torch.float64, device=device()
+    )
+    totals = torch.tensor([s.total for group in scores for s in group], dtype=torch.float64, device=device())
+    everything = torch.ones_like(lengths, dtype=torch.bool)
+    metrics = {
+        "eval_avg_test_pass_rate": mean_of(rate_P, known_P),
+        "eval_pass_rate_square": mean_of(rate_P.square(), known_P),
+        "eval_min_pass_rate": min_of(rate_P, known_P),
+        "eval_max_pass_rate": max_of(rate_P, known_P),
+        "eval_samples_evaluated": Metric(known_P.sum(), known_P.sum(), "sum"),
+        "eval_response_length": mean_of(lengths, everything),
+        "eval_reward_mean": mean_of(totals, everything),
+    }
+    for k in block.pass_at:
+        metrics[f"pass@{k}"] = mean_of(pass_at_k(rates_PK >= 1.0, k), known_P)
+    return metrics
+
+
+def pass_at_k(passed_PK: torch.Tensor, k: int) -> torch.Tensor:
+    """Probability that at least one of k samples drawn without replacement from the K of each problem passes.
+
+    1 - C(K - c, k) / C(K, k) with c passed. Example: K = 4, c = 1, k = 2 -> 1 - 3/6 = .5
+    """
+    total = passed_PK.shape[1]
+    ways = math.comb(total, k)
+    failing = [math.comb(total - int(c), k) for c in passed_PK.sum(1)]
+    return torch.tensor([1.0 - f / ways for f in failing], dtype=torch.float64, device=passed_PK.device)

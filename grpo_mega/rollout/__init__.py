@@ -1,0 +1,1 @@
+"""Where samples come from. `local`: a transformers model inside the trainer."""
