@@ -69,6 +69,12 @@ class Parts:
     def _train_source(self):
         return open_source(self.recipe.data, "train", self.recipe.seed)
 
+    @property
+    def evaluates(self) -> bool:
+        """Generated tasks always hold problems out; files do when the recipe names one."""
+        data = self.recipe.data
+        return data.source in ("procedural", "reasoning_gym") or data.eval is not None
+
     @cached_property
     def eval_problems(self) -> PromptStream:
         source = open_source(self.recipe.data, "eval", self.recipe.seed)

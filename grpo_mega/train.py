@@ -109,7 +109,7 @@ class Trainer:
             self._evaluate(stage.kind)
 
     def _evaluate(self, kind: str) -> None:
-        if self.evaluated_at == self.state.step:
+        if self.evaluated_at == self.state.step or not self.parts.evaluates:
             return
         self.evaluated_at = self.state.step
         with self.parts.console.phase("evaluating"):

@@ -66,3 +66,46 @@ def random_sequences(count: int, seed: int = 0, *, shortest: int = 3, longest: i
             )
         )
     return sequences
+
+
+def recipe_dict(run_dir: Path, **blocks: object) -> dict:
+    """A few seconds' run whose rewards vary from the first step on: a digit anywhere in the response."""
+    recipe: dict = {
+        "run": {"dir": str(run_dir)},
+        "model": {
+            "scratch": {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "max_positions": 64},
+            "dtype": "float32",
+        },
+        "data": {"source": "procedural", "task": "sort_digits", "eval": 64},
+        "stages": [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 5}}],
+        "rollout": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 6, "prompts_per_batch": 2},
+        "reward": [{"rule": {"kind": "regex", "pattern": "[0-4]"}}],
+        "loss": {"kl": {"coef": 0.01}, "entropy_coef": 0.001},
+        "train": {"lr": 1e-3, "warmup_steps": 2, "micro_batch_tokens": 96},
+        "eval": {"every": 3, "samples": 16},
+        "checkpoint": {"every": 0},
+    }
+    for key, value in blocks.items():
+        recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and key in recipe else value
+    return recipe
+
+
+def train_on_pool(recipe: dict, resume: bool = False) -> None:
+    """`grpo_mega.train.run` without leaving the process group, for a rank of a pool."""
+    from grpo_mega.parts import build
+    from grpo_mega.recipe.schema import Recipe
+    from grpo_mega.train import Trainer
+
+    parts = build(Recipe.model_validate(recipe), quiet=True)
+    Trainer(parts, resume=resume).run()
+    parts.export(Path(recipe["run"]["dir"]) / "hf")
+
+
+def metrics_of(run_dir: Path) -> list[dict[str, float]]:
+    """Each line of a run's metrics.jsonl without what depends on the clock."""
+    from grpo_mega.monitor.jsonl import read_metrics
+
+    return [
+        {"step": record.step} | {k: v for k, v in record.metrics.items() if not k.startswith("perf/")}
+        for record in read_metrics(run_dir / "metrics.jsonl")
+    ]

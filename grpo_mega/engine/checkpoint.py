@@ -17,6 +17,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 
 from grpo_mega.engine.model import unwrap
+from grpo_mega.engine.optimizer import allocate_state
 from grpo_mega.engine.parallel import checkpoint_metadata
 from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.errors import UserError
@@ -112,6 +113,7 @@ def _sharded_models(engine: PolicyEngine) -> dict[str, Any]:
 
 
 def _sharded_state(engine: PolicyEngine, *, is_loading: bool) -> dict[str, Any]:
+    allocate_state(engine.optimizer)
     state = _sharded_models(engine)
     models = dict(state) if len(engine.chunks) > 1 else state["model"]
     state["optimizer"] = engine.optimizer.sharded_state_dict(

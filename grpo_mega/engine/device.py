@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 import torch
 
 _prepared = False
+_KNOWN_NOISE: tuple[tuple[str, type[Warning]], ...] = (
+    # megatron-core's own doings, repeated by every rank, and nothing a user could act on
+    ("full scope is deprecated", UserWarning),
+    ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
+    ("When using async grad allreduce", UserWarning),
+    ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
+    ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
+)
 
 
 def has_gpu() -> bool:
@@ -45,6 +54,8 @@ def prepare_megatron() -> None:
     if _prepared:
         return
     _prepared = True
+    for message, category in _KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message, category)
     if not has_gpu():
         from grpo_mega.engine import megatron_cpu
 

@@ -90,3 +90,16 @@ def apply_update(optimizer: MegatronOptimizer, lr: float) -> Update:
         return Update(applied=False, grad_norm=norm)
     optimizer.step()
     return Update(applied=True, grad_norm=norm)
+
+
+def allocate_state(optimizer: MegatronOptimizer) -> None:
+    """Give a fresh optimizer its (zero) moments, which checkpoints are written from and read into; weights stay put."""
+    for part in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if part.optimizer.state:
+            continue
+        for group in part.optimizer.param_groups:
+            group["lr"] = 0.0  # the step that allocates must neither move nor decay a weight
+        part._init_optimizer_states_with_dummy_values()
+        for state in part.optimizer.state.values():
+            if isinstance(state.get("step"), torch.Tensor):
+                state["step"].zero_()

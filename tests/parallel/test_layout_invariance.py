@@ -1,0 +1,62 @@
+"""A run is the same run on every layout, and bitwise the same run twice."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import tiny
+
+LAYOUTS = {
+    "dp2": {"dp": 2},
+    "tp2": {"tp": 2},
+    "tp2-sp": {"tp": 2, "sequence_parallel": True},
+    "pp2": {"pp": 2},
+    "pp2-vpp2": {"pp": 2, "vpp": 2},
+    "tp2-pp2": {"tp": 2, "pp": 2},
+    "dp2-pp2": {"dp": 2, "pp": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def single(ranks, tmp_path_factory):
+    """The metrics of the run on one rank."""
+    run_dir = tmp_path_factory.mktemp("one")
+    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(run_dir))
+    return tiny.metrics_of(run_dir)
+
+
+def test_the_run_has_something_to_compare(single):
+    policy_steps = [metrics for metrics in single if "actor/loss" in metrics]
+    assert len(policy_steps) == 5
+    assert all(metrics["group/zero_std_fraction"] < 1 for metrics in policy_steps)
+    assert all(metrics["actor/grad_norm"] > 1e-3 for metrics in policy_steps)
+    assert policy_steps[-1]["actor/kl_penalty"] > 0
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_same_numbers_on_every_layout(layout, single, ranks, tmp_path):
+    parallel = LAYOUTS[layout]
+    size = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
+    ranks(size).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, parallel=parallel))
+    _assert_close(tiny.metrics_of(tmp_path), single)
+
+
+@pytest.mark.parametrize("size, parallel", [(1, {}), (4, {"tp": 2, "pp": 2})], ids=["one", "tp2-pp2"])
+def test_bitwise_the_same_twice(size, parallel, ranks, tmp_path):
+    runs = []
+    for name in ("first", "second"):
+        ranks(size).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path / name, parallel=parallel))
+        runs.append(tiny.metrics_of(tmp_path / name))
+    assert runs[0] == runs[1]
+
+
+def test_another_seed_is_another_run(single, ranks, tmp_path):
+    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, seed=1))
+    first, other = single[1], tiny.metrics_of(tmp_path)[1]
+    assert other["sft/loss"] != first["sft/loss"]
+
+
+def _assert_close(metrics, expected):
+    assert [line["step"] for line in metrics] == [line["step"] for line in expected]
+    for line, reference in zip(metrics, expected, strict=True):
+        assert line == pytest.approx(reference, rel=2e-4, abs=2e-5), f"step {line['step']}"
