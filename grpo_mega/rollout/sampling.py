@@ -59,7 +59,7 @@ def _at(logprob_NV: torch.Tensor, token_N: torch.Tensor) -> torch.Tensor:
 
 def _outside_top(logprob_NV: torch.Tensor, params: SamplingParams) -> torch.Tensor:
     """True for tokens that top_k or top_p leave out; equal probabilities rank by token id."""
-    sorted_NV, order_NV = logprob_NV.sort(-1, descending=True, stable=True)
+    sorted_NV, order_NV = logprob_NV.sort(dim=-1, descending=True, stable=True)
     probability_NV = sorted_NV.exp()
     if params.top_k:
         probability_NV[:, params.top_k :] = 0.0

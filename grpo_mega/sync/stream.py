@@ -148,6 +148,10 @@ class HfDirectory:
                 remedy="convert the model with save_pretrained(…, safe_serialization=True), or correct the path",
             )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._file_of)
+
     def __call__(self, name: str) -> torch.Tensor:
         if name not in self._file_of:
             raise UserError(
