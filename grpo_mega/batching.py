@@ -1,4 +1,5 @@
-"""From the sequences each rank made to the micro-batches each rank trains on, with the update's global denominators."""
+"""From the sequences each rank made to the micro-batches each rank trains on, with the update's global
+denominators."""
 
 from __future__ import annotations
 
@@ -15,7 +16,8 @@ from grpo_mega.types import PackedBatch, TrainSequence
 def distribute(
     sequences: Sequence[TrainSequence], layout: Layout, micro_batch_tokens: int
 ) -> tuple[list[PackedBatch], Denominators]:
-    """Balance an update's sequences over data-parallel ranks by tokens and pack this rank's share. A collective.
+    """Balance an update's sequences over data-parallel ranks by tokens and pack this rank's share. A
+    collective.
 
     The plan depends on the lengths alone, so that it is the same whichever rank generated which sequence.
     """

@@ -1,4 +1,5 @@
-"""The one exception a user is meant to read: what is wrong, where, which law it breaks and what to do about it."""
+"""The one exception a user is meant to read: what is wrong, where, which law it breaks and what to do about
+it."""
 
 from __future__ import annotations
 
@@ -6,7 +7,8 @@ USER_ERROR_EXIT_CODE = 2
 
 
 class UserError(Exception):
-    """A mistake in a recipe, a file or the environment. The CLI prints it without a traceback and exits with code 2.
+    """A mistake in a recipe, a file or the environment. The CLI prints it without a traceback and exits with
+    code 2.
 
     Example:
         raise UserError(
@@ -17,7 +19,9 @@ class UserError(Exception):
         )
     """
 
-    def __init__(self, what: str, *, where: str | None = None, law: str | None = None, remedy: str | None = None):
+    def __init__(
+        self, what: str, *, where: str | None = None, law: str | None = None, remedy: str | None = None
+    ):
         super().__init__(what)
         self.what, self.where, self.law, self.remedy = what, where, law, remedy
 

@@ -1,4 +1,5 @@
-"""Evaluation on held-out problems: sampled like a user would sample, on all ranks, the same numbers whatever the layout."""
+"""Evaluation on held-out problems: sampled like a user would sample, on all ranks, the same numbers whatever
+the layout."""
 
 from __future__ import annotations
 
@@ -28,9 +29,11 @@ def evaluate(
     layout: Layout,
     seed: int,
 ) -> dict[str, float]:
-    """`eval_avg_test_pass_rate` is the mean over all problems of the share of tests passed; a failed parse counts 0.
+    """`eval_avg_test_pass_rate` is the mean over all problems of the share of tests passed; a failed parse
+    counts 0.
 
-    Each problem's samples use the same random numbers at every evaluation, so that two evaluations differ by the policy.
+    Each problem's samples use the same random numbers at every evaluation, so that two evaluations differ by
+    the policy.
     """
     count = min(block.samples or len(problems), len(problems))
     share = engine.share([problems.prompt(index) for index in range(count)], layout.rank, layout.world_size)
@@ -52,7 +55,9 @@ def _metrics(
     rate_P = rates_PK.mean(1)
     known_P = ~rate_P.isnan()  # a reward that knows no success gives no pass rate
     lengths = torch.tensor(
-        [len(sample.response_ids) for group in groups for sample in group.samples], dtype=torch.float64, device=device()
+        [len(sample.response_ids) for group in groups for sample in group.samples],
+        dtype=torch.float64,
+        device=device(),
     )
     totals = torch.tensor([s.total for group in scores for s in group], dtype=torch.float64, device=device())
     everything = torch.ones_like(lengths, dtype=torch.bool)

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +23,7 @@ from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.engine.scratch import write_scratch_model
 from grpo_mega.errors import UserError
 from grpo_mega.evaluation import evaluate
+from grpo_mega.model_shape import local_model_directory
 from grpo_mega.monitor.console import Console
 from grpo_mega.plan import check_world_size
 from grpo_mega.recipe.schema import Recipe
@@ -35,7 +37,8 @@ from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf, stream_hf
 
 @dataclass
 class Parts:
-    """Everything on this rank. Data sources and the sampler are made when first used: an export needs neither."""
+    """Everything on this rank. Data sources and the sampler are made when first used: an export needs
+    neither."""
 
     recipe: Recipe
     layout: Layout
@@ -86,12 +89,14 @@ class Parts:
         return PromptStream(self._train_source, self.tokenizer, self.recipe.data, seed, "train")
 
     def stage_seed(self, stage_index: int) -> int:
-        return self.recipe.seed * 1009 + stage_index  # distinct for every (seed, stage) with under 1009 stages
+        """Distinct for every (seed, stage) while there are fewer than 1009 stages."""
+        return self.recipe.seed * 1009 + stage_index
 
     @cached_property
     def sampling(self) -> SamplingParams:
         rollout = self.recipe.rollout
-        stop_ids = {self.tokenizer.eos_token_id, *map(self._stop_id, rollout.stop)}
+        end: Any = self.tokenizer.eos_token_id
+        stop_ids = {int(end), *map(self._stop_id, rollout.stop)}
         return SamplingParams(
             rollout.max_new_tokens, rollout.temperature, rollout.top_p, rollout.top_k, frozenset(stop_ids)
         )
@@ -122,7 +127,11 @@ class Parts:
         """The sampler's current weights on held-out problems."""
         block = self.recipe.eval
         params = SamplingParams(
-            self.sampling.max_new_tokens, block.temperature, self.sampling.top_p, self.sampling.top_k, self.sampling.stop_ids
+            self.sampling.max_new_tokens,
+            block.temperature,
+            self.sampling.top_p,
+            self.sampling.top_k,
+            self.sampling.stop_ids,
         )
         return evaluate(
             self.sampler, self.eval_problems, self.rewards, params, block, self.layout, self.recipe.seed
@@ -133,31 +142,33 @@ class Parts:
         dist.barrier()
 
 
-def build(recipe: Recipe, *, quiet: bool = False, load_weights: bool = True) -> Parts:
-    """Join the other ranks and build the engine. `load_weights` False: a checkpoint follows."""
+def build(recipe: Recipe, *, quiet: bool = False, fresh: bool = True) -> Parts:
+    """Join the other ranks and build the engine. `fresh` loads the initial weights; else a checkpoint
+    follows."""
     initialize_process_group()
     check_world_size(recipe, dist.get_world_size())
     layout = initialize_layout(recipe.parallel, recipe.seed)
     console = Console(quiet=quiet) if layout.rank == 0 else Console.silent()
     tokenizer = load_tokenizer(recipe.model)
     with console.phase("building the model"):
-        directory = _model_directory(recipe, tokenizer, layout)
+        directory = _model_directory(recipe, tokenizer, layout, fresh)
         hf = AutoConfig.from_pretrained(directory, local_files_only=True)
         engine = PolicyEngine(hf, recipe.model, recipe.train, layout)
         parts = Parts(recipe, layout, console, tokenizer, hf, engine)
-        if load_weights:
+        if fresh:
             load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
             engine.weights_changed()
     return parts
 
 
-def _model_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, layout: Layout) -> Path:
+def _model_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, layout: Layout, fresh: bool) -> Path:
     model = recipe.model
     if model.hf is not None:
-        return Path(model.hf)
+        return Path(local_model_directory(model.hf))
     assert model.scratch is not None
     directory = recipe.run.dir / "init"
-    if layout.rank == 0 and not (directory / "model.safetensors").is_file():
-        write_scratch_model(model.scratch, tokenizer, model.dtype, recipe.seed, directory)
-    dist.barrier()
+    if fresh:
+        if layout.rank == 0:
+            write_scratch_model(model.scratch, tokenizer, model.dtype, recipe.seed, directory)
+        dist.barrier()
     return directory

@@ -48,12 +48,18 @@ def sft_step(parts: Parts, prompts: PromptStream, stage: SftStage, step: int, lr
     with watch.phase("data"):
         batch = prompts.prompts_for_step(step, stage.batch_size)
         mine = range(parts.layout.rank, len(batch), parts.layout.world_size)
-        sequences = [_supervised(order, batch[order].token_ids, prompts.teacher_tokens(batch[order])) for order in mine]
+        sequences = [
+            _supervised(order, batch[order].token_ids, prompts.teacher_tokens(batch[order])) for order in mine
+        ]
         batches, counts = distribute(sequences, parts.layout, parts.recipe.train.micro_batch_tokens)
     with watch.phase("train"):
         metrics, update = parts.engine.train_step(batches, _likelihood_loss(counts), lr)
     reported = parts.engine.reduce_metrics(metrics)
-    return {**reported, **_update_metrics(update.applied, update.grad_norm, lr), **watch.metrics(counts.tokens)}
+    return {
+        **reported,
+        **_update_metrics(update.applied, update.grad_norm, lr),
+        **watch.metrics(counts.tokens),
+    }
 
 
 def _supervised(order: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> TrainSequence:
@@ -83,7 +89,10 @@ def grpo_step(
         batch = prompts.prompts_for_step(step, recipe.rollout.prompts_per_step)
         share = parts.sampler.share(batch, layout.rank, layout.world_size)
         groups = parts.sampler.generate(
-            [prompt for _, prompt in share], recipe.rollout.group_size, parts.sampling, parts.stage_seed(stage_index)
+            [prompt for _, prompt in share],
+            recipe.rollout.group_size,
+            parts.sampling,
+            parts.stage_seed(stage_index),
         )
     with watch.phase("reward"):
         scores = parts.rewards.score_groups(groups)
@@ -92,11 +101,11 @@ def grpo_step(
         reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD)
         _add_reward_std(reported)
     tokens = 0.0
-    groups_per_update = recipe.rollout.prompts_per_step // recipe.train.updates_per_batch
-    for first in range(0, recipe.rollout.prompts_per_step, groups_per_update):
-        orders = range(first * recipe.rollout.group_size, (first + groups_per_update) * recipe.rollout.group_size)
+    samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+    per_update = samples // recipe.train.updates_per_batch  # whole groups: a law of the recipe
+    for first in range(0, samples, per_update):
         with watch.phase("train"):
-            chosen = [sequence for sequence in sequences if sequence.order in orders]
+            chosen = [s for s in sequences if first <= s.order < first + per_update]
             trained, counts = policy_update(parts, chosen, lr, reference)
         reported |= trained  # of several updates the last one is reported
         tokens += counts.tokens
@@ -134,7 +143,8 @@ def policy_update(
         return LossTerms(output.loss, output.metrics)
 
     metrics, update = parts.engine.train_step(batches, loss, lr, temperature)
-    return parts.engine.reduce_metrics(metrics) | _update_metrics(update.applied, update.grad_norm, lr), counts
+    reported = parts.engine.reduce_metrics(metrics)
+    return reported | _update_metrics(update.applied, update.grad_norm, lr), counts
 
 
 def _update_metrics(applied: bool, grad_norm: float, lr: float) -> dict[str, float]:

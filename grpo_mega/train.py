@@ -16,7 +16,7 @@ from grpo_mega.engine.checkpoint import (
 from grpo_mega.engine.optimizer import RateSchedule
 from grpo_mega.engine.parallel import shutdown
 from grpo_mega.engine.policy import Weights
-from grpo_mega.monitor.jsonl import MetricsWriter
+from grpo_mega.monitor.jsonl import EventsWriter, MetricsWriter
 from grpo_mega.monitor.report import draw_curves
 from grpo_mega.parts import Parts, build
 from grpo_mega.recipe.schema import Recipe, Stage
@@ -25,8 +25,9 @@ from grpo_mega.types import StepReport
 
 
 def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
-    """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves in run.dir."""
-    parts = build(recipe, quiet=quiet)
+    """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves
+    in run.dir."""
+    parts = build(recipe, quiet=quiet, fresh=not resume)
     Trainer(parts, resume=resume).run()
     with parts.console.phase("exporting to Hugging Face format"):
         parts.export(recipe.run.dir / "hf")
@@ -37,26 +38,31 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
 
 
 class Trainer:
-    """Where a run stands and how it goes on. Its only state is `RunState`: all else follows from recipe and weights."""
+    """Where a run stands and how it goes on. Its only state is `RunState`: all else follows from recipe and
+    weights."""
 
     def __init__(self, parts: Parts, *, resume: bool):
         self.parts, self.recipe = parts, parts.recipe
         self.checkpoints = parts.run_dir / "checkpoints"
         self.state = RunState(step=0, stage_index=0, stage_step=0)
         self.reference: Weights | None = None  # of the KL penalty: the policy as its first GRPO stage began
+        self.events = EventsWriter(parts.run_dir) if parts.is_lead else None
         if resume:
             self._resume()
-        self.evaluated_at = self.state.step if resume else -1  # a checkpoint is written after its step's evaluation
+        # a checkpoint is written after its step's evaluation: a resumed run does not repeat that
+        self.evaluated_at = self.state.step if resume else -1
         self.writer = MetricsWriter(parts.run_dir, self.state.step + resume) if parts.is_lead else None
 
     def _resume(self) -> None:
         directory = find_checkpoint(self.checkpoints)
         with self.parts.console.phase(f"loading {directory.name}"):
-            if (self.checkpoints / "reference").is_dir() and self._past_first_grpo_step(read_state(directory)):
-                load_weights(self.parts.engine, self.checkpoints / "reference")
+            reference = self.checkpoints / "reference"
+            if reference.is_dir() and self._past_first_grpo_step(read_state(directory)):
+                load_weights(self.parts.engine, reference)
                 self.reference = self._frozen_weights()
             self.state = load_checkpoint(self.parts.engine, directory)
         self.parts.console.say(f"resumed after step {self.state.step}")
+        self._event("resume", f"from {directory.name}")
 
     def _past_first_grpo_step(self, state: RunState) -> bool:
         first = next((i for i, stage in enumerate(self.recipe.stages) if stage.grpo), len(self.recipe.stages))
@@ -79,6 +85,7 @@ class Trainer:
         total = steps_of(self.recipe, stage)
         rate = rate_of(self.recipe, stage)
         prompts = self.parts.train_prompts(self.state.stage_index)
+        self._event("stage", f"{stage.kind}, {total} steps")
         if stage.grpo and self.recipe.loss.kl.coef and self.reference is None:
             self.reference = self._frozen_weights()
             save_weights(self.parts.engine, self.checkpoints / "reference")
@@ -92,7 +99,7 @@ class Trainer:
                 self.state = replace(self.state, step=self.state.step + 1, stage_step=step + 1)
                 self._report(stage.kind, metrics)
                 self._evaluate_if_due(stage, last=step + 1 == total)
-                if self.recipe.checkpoint.every and (step + 1) % self.recipe.checkpoint.every == 0 and step + 1 < total:
+                if self._checkpoint_is_due() and step + 1 < total:  # the stage's end saves too
                     self._save()
 
     def _report(self, kind: str, metrics: dict[str, float]) -> None:
@@ -118,9 +125,19 @@ class Trainer:
         if self.writer:
             self.writer.write(report, self.state.stage_step)
 
+    def _checkpoint_is_due(self) -> bool:
+        every = self.recipe.checkpoint.every
+        return every > 0 and self.state.stage_step % every == 0
+
     def _save(self) -> None:
         with self.parts.console.phase("saving a checkpoint"):
-            save_checkpoint(self.parts.engine, self.checkpoints, self.state, self.recipe.checkpoint.keep)
+            keep = self.recipe.checkpoint.keep
+            path = save_checkpoint(self.parts.engine, self.checkpoints, self.state, keep)
+        self._event("checkpoint", path.name)
+
+    def _event(self, kind: str, message: str) -> None:
+        if self.events:
+            self.events.write(kind, self.state.step, message)
 
 
 def steps_of(recipe: Recipe, stage: Stage) -> int:

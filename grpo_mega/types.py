@@ -24,20 +24,20 @@ class Prompt:
     """
 
     uid: str
-    index: int  # position in the source; with the run's seed it determines every random choice made for this prompt
+    index: int  # position in the source
     text: str
     token_ids: tuple[int, ...]
     answer: str
     teacher_response: str | None = None  # the target of supervised stages
-    meta: Mapping[str, object] = field(default_factory=dict)
+    meta: Mapping[str, object] = field(default_factory=dict[str, object])
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One rollout of one prompt, tokens as the sampler chose them (never re-tokenised).
 
-    Example: Sample(uid="train-17/3", rollout_index=3, response_ids=(4, 5, 1), sampler_logprobs=(-.1, -.2, -.01),
-                    text="12", finish_reason="stop")
+    Example: Sample(uid="train-17/3", rollout_index=3, response_ids=(4, 5, 1),
+                    sampler_logprobs=(-.1, -.2, -.01), text="12", finish_reason="stop")
     """
 
     uid: str  # prompt uid + "/" + rollout index
@@ -70,7 +70,8 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class TrainSequence:
-    """One sequence as the engine consumes it. `order` is its place in the step's global batch, the same on any layout.
+    """One sequence as the engine consumes it. `order` is its place in the step's global batch, the same on
+    any layout.
 
     Example: TrainSequence(order=5, token_ids=np.array([7, 8, 9, 1]), prompt_length=2,
                            sampler_logprobs=np.array([-.3, -.1], np.float32), advantage=.7)
@@ -95,8 +96,9 @@ class TrainSequence:
 class PackedBatch:
     """One micro-batch: whole sequences laid end to end, then padding up to a length shared by the step.
 
-    Per-token fields speak of the token AT that position: response_mask_T[t] and sampler_logprobs_T[t] belong to
-    tokens_T[t]. The padding is one more sequence in `cu_seqlens`, so that attention kernels see every position.
+    Per-token fields speak of the token AT that position: response_mask_T[t] and sampler_logprobs_T[t] belong
+    to tokens_T[t]. The padding is one more sequence in `cu_seqlens`, so that attention kernels see every
+    position.
 
     Example (two sequences of 3 and 2 tokens, padded to 8): cu_seqlens = [0, 3, 5, 8], num_sequences = 2
     """
@@ -115,7 +117,8 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class StepReport:
-    """What one step measured, already reduced over micro-batches and ranks. Names are documented in docs/metrics.md."""
+    """What one step measured, already reduced over micro-batches and ranks. Names are documented in
+    docs/metrics.md."""
 
     step: int
     stage: str

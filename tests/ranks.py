@@ -1,5 +1,6 @@
-"""Real ranks for tests: process pools that stay up for the whole session, so that a test pays for its collectives and not
-for its imports. `pool.run(function, *args)` runs a module-level function on every rank and returns its results by rank."""
+"""Real ranks for tests: process pools that stay up for the whole session, so that a test pays for its
+collectives and not for its imports. `pool.run(function, *args)` runs a module-level function on every rank
+and returns its results by rank."""
 
 from __future__ import annotations
 
@@ -80,7 +81,11 @@ class RankPool:
 
 def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
     os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE=str(size),
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
     )
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch

@@ -18,7 +18,12 @@ def hf_config(family: str) -> PretrainedConfig:
     kind, _, tied = family.partition("-")
     extra = {"head_dim": 16} if kind.startswith("qwen3") else {}
     if kind == "qwen3_moe":
-        extra |= {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+        extra |= {
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 32,
+            "norm_topk_prob": True,
+        }
     return AutoConfig.for_model(
         kind,
         hidden_size=64,
@@ -49,7 +54,9 @@ def load_model(directory: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager")
 
 
-def random_sequences(count: int, seed: int = 0, *, shortest: int = 3, longest: int = 17) -> list[TrainSequence]:
+def random_sequences(
+    count: int, seed: int = 0, *, shortest: int = 3, longest: int = 17
+) -> list[TrainSequence]:
     """Sequences of unlike lengths with made-up sampler log-probs and advantages."""
     rng = np.random.default_rng(seed)
     sequences = []
@@ -73,7 +80,14 @@ def recipe_dict(run_dir: Path, **blocks: object) -> dict:
     recipe: dict = {
         "run": {"dir": str(run_dir)},
         "model": {
-            "scratch": {"layers": 4, "hidden": 64, "heads": 4, "kv_heads": 2, "ffn": 128, "max_positions": 64},
+            "scratch": {
+                "layers": 4,
+                "hidden": 64,
+                "heads": 4,
+                "kv_heads": 2,
+                "ffn": 128,
+                "max_positions": 64,
+            },
             "dtype": "float32",
         },
         "data": {"source": "procedural", "task": "sort_digits", "eval": 64},
@@ -96,7 +110,7 @@ def train_on_pool(recipe: dict, resume: bool = False) -> None:
     from grpo_mega.recipe.schema import Recipe
     from grpo_mega.train import Trainer
 
-    parts = build(Recipe.model_validate(recipe), quiet=True)
+    parts = build(Recipe.model_validate(recipe), quiet=True, fresh=not resume)
     Trainer(parts, resume=resume).run()
     parts.export(Path(recipe["run"]["dir"]) / "hf")
 

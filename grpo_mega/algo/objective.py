@@ -1,7 +1,9 @@
-"""The policy loss on packed sequences: ratio -> credit -> clipped objective -> aggregate, plus KL and entropy.
+"""The policy loss on packed sequences: ratio -> credit -> clipped objective -> aggregate, plus KL and
+entropy.
 
-Modules A (ratio) and B (credit weights) are identities here; each innovation plugs in at its marked place. Everything is
-per token until `aggregate`, whose denominators are global: counted over all ranks and micro-batches of an update.
+Modules A (ratio) and B (credit weights) are identities here; each innovation plugs in at its marked place.
+Everything is per token until `aggregate`, whose denominators are global: counted over all ranks and
+micro-batches of an update.
 
 # T packed tokens, B sequences
 """
@@ -31,7 +33,8 @@ class Denominators:
 
 @dataclass(frozen=True, slots=True)
 class PolicyLossOutput:
-    """`loss` is this micro-batch's part of the update's loss: parts add up to the loss, whatever the split."""
+    """`loss` is this micro-batch's part of the update's loss: parts add up to the loss, whatever the
+    split."""
 
     loss: torch.Tensor
     metrics: Metrics
@@ -41,8 +44,9 @@ class PolicyLossOutput:
 class PolicyLoss:
     """Clipped GRPO with an optional KL penalty and entropy bonus.
 
-        l = trainer - sampler;  s = exp(clamp(l));  objective = min(A s, A clip(s, 1 - low, 1 + high)), for A < 0 at least c A
-        loss = sum_t weight_t (-objective_t + kl_coef KL_t - entropy_coef H_t),  weight_t from `aggregate`
+        l = trainer - sampler;  s = exp(clamp(l));  objective = min(A s, A clip(s, 1 - low, 1 + high)), for A
+        < 0 at least c A loss = sum_t weight_t (-objective_t + kl_coef KL_t - entropy_coef H_t),  weight_t
+        from `aggregate`
 
     Example: one response token, s = 1.5, A = 1, clip .2 -> objective 1.2, loss -1.2.
     """
@@ -66,14 +70,21 @@ class PolicyLoss:
         response_mask_T: torch.Tensor | None = None,
         denominators: Denominators | None = None,
     ) -> PolicyLossOutput:
-        mask_T = torch.ones_like(trainer_logprobs_T, dtype=torch.bool) if response_mask_T is None else response_mask_T
+        mask_T = (
+            torch.ones_like(trainer_logprobs_T, dtype=torch.bool)
+            if response_mask_T is None
+            else response_mask_T
+        )
         sequence_T = sequence_index(cu_seqlens, trainer_logprobs_T.shape[0])
-        advantages_T = advantages if advantages.shape == trainer_logprobs_T.shape else _spread(advantages, sequence_T)
+        advantages_T = (
+            advantages if advantages.shape == trainer_logprobs_T.shape else _spread(advantages, sequence_T)
+        )
         denominators = denominators or local_denominators(mask_T, sequence_T)
 
         log_ratio_T = (trainer_logprobs_T - sampler_logprobs_T).where(mask_T, 0.0)
         ratio_T = torch.exp(log_ratio_T.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)).clamp(*RATIO_BOUNDS)
-        # Module A (ema, amic, gspo) transforms ratio_T here; module B (credit weights) multiplies policy_T below.
+        # Module A (ema, amic, gspo) transforms ratio_T here; module B (credit weights) multiplies policy_T
+        # below.
         policy_T = self._clipped(ratio_T, advantages_T)
         loss_T = policy_T
         metrics = self._metrics(ratio_T, log_ratio_T, advantages_T, policy_T, trainer_logprobs_T, mask_T)
@@ -87,7 +98,9 @@ class PolicyLoss:
             if self.config.entropy_coef:
                 loss_T = loss_T - self.config.entropy_coef * entropy_T
         loss_T = loss_T.where(mask_T, 0.0)
-        weight_T = aggregation_weights(self.config.aggregate, mask_T, sequence_T, denominators, self.norm_length)
+        weight_T = aggregation_weights(
+            self.config.aggregate, mask_T, sequence_T, denominators, self.norm_length
+        )
         loss = (weight_T * loss_T).sum()
         policy = (weight_T * policy_T.where(mask_T, 0.0)).sum()
         # parts of one sum, so that the reported loss is the optimised one whatever `aggregate` is
@@ -128,7 +141,9 @@ class PolicyLoss:
             "actor/ratio_min": min_of(ratio_T, mask_T),
             "actor/log_ratio_abs_mean": mean_of(log_ratio_T.abs(), mask_T),
             "actor/log_ratio_abs_max": max_of(log_ratio_T.abs(), mask_T),
-            "actor/log_ratio_clamped_fraction": mean_of((log_ratio_T.abs() > LOG_RATIO_BOUND).float(), mask_T),
+            "actor/log_ratio_clamped_fraction": mean_of(
+                (log_ratio_T.abs() > LOG_RATIO_BOUND).float(), mask_T
+            ),
             "actor/clip_fraction": mean_of((above_T | below_T).float(), mask_T),
             "actor/clip_fraction_lower": mean_of(lower_T.float(), mask_T),
             "actor/mean_advantage": mean_of(advantages_T, mask_T),
@@ -142,7 +157,9 @@ def sequence_index(cu_seqlens: torch.Tensor, tokens: int) -> torch.Tensor:
 
     Example: cu_seqlens (0, 2, 2, 5) -> 0 0 2 2 2
     """
-    return torch.searchsorted(cu_seqlens[1:].contiguous(), torch.arange(tokens, device=cu_seqlens.device), right=True)
+    return torch.searchsorted(
+        cu_seqlens[1:].contiguous(), torch.arange(tokens, device=cu_seqlens.device), right=True
+    )
 
 
 def _spread(per_sequence_B: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
@@ -154,7 +171,9 @@ def _spread(per_sequence_B: torch.Tensor, sequence_T: torch.Tensor) -> torch.Ten
 def response_lengths(mask_T: torch.Tensor, sequence_T: torch.Tensor) -> torch.Tensor:
     """Number of response tokens of each token's own sequence, at least 1."""
     count = int(sequence_T.max()) + 1 if sequence_T.numel() else 0
-    lengths = torch.zeros(count, dtype=torch.float32, device=mask_T.device).index_add_(0, sequence_T, mask_T.float())
+    lengths = torch.zeros(count, dtype=torch.float32, device=mask_T.device).index_add_(
+        0, sequence_T, mask_T.float()
+    )
     return lengths.clamp(min=1)[sequence_T]
 
 
@@ -184,8 +203,11 @@ def aggregation_weights(
     return weight_T.where(mask_T, 0.0)
 
 
-def kl_penalty(trainer_logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: str) -> torch.Tensor:
-    """Estimators of KL(trainer || reference) from one sampled token; d = reference - trainer, clamped to +-10.
+def kl_penalty(
+    trainer_logprobs_T: torch.Tensor, reference_logprobs_T: torch.Tensor, estimator: str
+) -> torch.Tensor:
+    """Estimators of KL(trainer || reference) from one sampled token; d = reference - trainer, clamped to
+    +-10.
 
     k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d (never negative, low variance), abs = |d|
     """

@@ -1,4 +1,5 @@
-"""From sequences to micro-batches: balanced over data-parallel ranks by tokens, packed end to end, all of one length.
+"""From sequences to micro-batches: balanced over data-parallel ranks by tokens, packed end to end, all of one
+length.
 
 Every function is pure, so that all ranks compute the same plan from the same lengths without talking.
 
@@ -21,10 +22,12 @@ from grpo_mega.types import PackedBatch, TrainSequence
 class BatchPlan:
     """Which data-parallel rank takes which sequences in which micro-batch.
 
-    Every rank has the same number of micro-batches and every micro-batch the same length: pipelines then exchange tensors of
-    one shape, and experts that exchange tokens across ranks never wait for a rank that has finished.
+    Every rank has the same number of micro-batches and every micro-batch the same length: pipelines then
+    exchange tensors of one shape, and experts that exchange tokens across ranks never wait for a rank that
+    has finished.
 
-    Example: lengths {0: 5, 1: 3, 2: 4}, two ranks, at most 8 tokens -> bins ((0,),), ((1, 2),), padded_length 7
+    Example: lengths {0: 5, 1: 3, 2: 4}, two ranks, at most 8 tokens -> bins ((0,),), ((1, 2),), padded_length
+    7
     """
 
     bins: tuple[tuple[tuple[int, ...], ...], ...]  # [rank][micro-batch] -> orders
@@ -43,10 +46,11 @@ def plan_batch(
     micro_batch_multiple: int = 1,
     length_multiple: int = 1,
 ) -> BatchPlan:
-    """Balance sequences (order -> length) over ranks, then over as few micro-batches of at most max_tokens as fit.
+    """Balance sequences (order -> length) over ranks, then over as few micro-batches of at most max_tokens as
+    fit.
 
-    A sequence longer than max_tokens gets a micro-batch of its own. `micro_batch_multiple`: interleaved pipelines want whole
-    rounds; `length_multiple`: sequence parallelism splits a micro-batch evenly.
+    A sequence longer than max_tokens gets a micro-batch of its own. `micro_batch_multiple`: interleaved
+    pipelines want whole rounds; `length_multiple`: sequence parallelism splits a micro-batch evenly.
     """
     shares = _spread_evenly(lengths, ranks)
     most = max(sum(lengths[order] for order in share) for share in shares)
@@ -83,7 +87,8 @@ def _spread_evenly(lengths: Mapping[int, int], parts: int) -> list[list[int]]:
 
 
 def pack(sequences: Sequence[TrainSequence], padded_length: int, device: torch.device) -> PackedBatch:
-    """Lay sequences end to end and pad to `padded_length`. No sequences at all gives a batch of padding only."""
+    """Lay sequences end to end and pad to `padded_length`. No sequences at all gives a batch of padding
+    only."""
     tokens_T = np.zeros(padded_length, np.int64)
     targets_T = np.zeros(padded_length, np.int64)
     positions_T = np.zeros(padded_length, np.int64)

@@ -1,6 +1,7 @@
 """Core attention and norm of the local (no Transformer Engine) layer spec, on torch's own kernels.
 
-# T packed tokens, N query heads, K key/value heads, D head size, B sequences of one bucket, S their padded length
+# T packed tokens, N query heads, K key/value heads, D head size, B sequences of one bucket, S their padded
+# length
 """
 
 from __future__ import annotations
@@ -18,9 +19,9 @@ from megatron.core.transformer import TransformerConfig
 class PackedSequences(PackedSeqParams):
     """Where the sequences of a packed micro-batch lie, prepared once and used by every layer.
 
-    Sequences are grouped into buckets whose longest is at most twice their shortest, so that each bucket is one dense
-    attention call that wastes less than half of its work. Megatron carries this object to the core attention (and into
-    recomputation), and leaves the tensors alone because `qkv_format` is not "thd".
+    Sequences are grouped into buckets whose longest is at most twice their shortest, so that each bucket is
+    one dense attention call that wastes less than half of its work. Megatron carries this object to the core
+    attention (and into recomputation), and leaves the tensors alone because `qkv_format` is not "thd".
     """
 
     bucket_rows_BS: list[torch.Tensor] = field(default_factory=list)
@@ -38,7 +39,8 @@ class PackedSequences(PackedSeqParams):
             chosen = ((bucket_of == bucket) & (lengths > 0)).nonzero()[:, 0]
             column_S = torch.arange(int(lengths[chosen].max()))
             real_BS = column_S[None] < lengths[chosen][:, None]
-            # Padding repeats the sequence's first token: behind every real token, so causally invisible to all of them.
+            # Padding repeats the sequence's first token: behind every real token, so causally invisible to
+            # all of them.
             rows_BS = starts[chosen][:, None] + torch.where(real_BS, column_S[None], 0)
             rows.append(rows_BS.to(cu_seqlens.device))
             flat_BS = offset + torch.arange(rows_BS.numel()).view_as(rows_BS)
@@ -88,7 +90,10 @@ class PackedCausalAttention(torch.nn.Module):
         tokens = query.shape[0]
         outputs = []
         for rows_BS in packed_seq_params.bucket_rows_BS:
-            q, k, v = (x[:, 0].index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape) for x in (query, key, value))
+            q, k, v = (
+                x[:, 0].index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
+                for x in (query, key, value)
+            )
             out_BNSD = F.scaled_dot_product_attention(
                 q.transpose(1, 2),
                 k.transpose(1, 2),
@@ -103,8 +108,8 @@ class PackedCausalAttention(torch.nn.Module):
 
 
 class RMSNorm(torch.nn.Module):
-    """Root mean square norm whose weight takes part in the sequence-parallel gradient reduction (the norm that ships with
-    Megatron's local spec refuses sequence parallelism). Statistics in float32."""
+    """Root mean square norm whose weight takes part in the sequence-parallel gradient reduction (the norm
+    that ships with Megatron's local spec refuses sequence parallelism). Statistics in float32."""
 
     def __init__(self, config: TransformerConfig, hidden_size: int, eps: float = 1e-5, **_: Any):
         super().__init__()

@@ -1,7 +1,8 @@
 """Distributed checkpoints: every rank writes its shards, any layout reads them back.
 
-    checkpoints/step_000050/   Megatron's torch_dist format (weights and optimizer) plus state.json (where the run stands)
-    checkpoints/latest         the name of the newest complete checkpoint, replaced atomically, last of all
+checkpoints/step_000050/   Megatron's torch_dist format (weights and optimizer) plus state.json (where the run
+stands) checkpoints/latest         the name of the newest complete checkpoint, replaced atomically, last of
+all
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
@@ -27,7 +28,8 @@ from grpo_mega.errors import UserError
 class RunState:
     """Where a run stands: everything else it needs follows from its recipe, its seed and these numbers.
 
-    Example: RunState(step=180, stage_index=1, stage_step=30): 30 steps of the second stage are done, 180 in all.
+    Example: RunState(step=180, stage_index=1, stage_step=30): 30 steps of the second stage are done, 180 in
+    all.
     """
 
     step: int
@@ -54,7 +56,7 @@ def save_checkpoint(engine: PolicyEngine, directory: Path, state: RunState, keep
 
 def load_checkpoint(engine: PolicyEngine, directory: Path) -> RunState:
     """Restore weights and optimizer from a checkpoint written on any layout. A collective."""
-    loaded = dist_checkpointing.load(_sharded_state(engine, is_loading=True), str(directory))
+    loaded = _load(_sharded_state(engine, is_loading=True), directory)
     _take_weights(engine, loaded)
     engine.optimizer.load_state_dict(loaded["optimizer"])
     return read_state(directory)
@@ -75,8 +77,12 @@ def save_weights(engine: PolicyEngine, directory: Path) -> None:
 
 def load_weights(engine: PolicyEngine, directory: Path) -> None:
     """The weights of any checkpoint, without its optimizer. A collective."""
-    _take_weights(engine, dist_checkpointing.load(_sharded_models(engine), str(directory)))
+    _take_weights(engine, _load(_sharded_models(engine), directory))
     engine.weights_changed()
+
+
+def _load(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:
+    return cast("dict[str, Any]", dist_checkpointing.load(sharded, str(directory)))
 
 
 def _take_weights(engine: PolicyEngine, loaded: dict[str, Any]) -> None:
@@ -94,7 +100,9 @@ def find_checkpoint(directory: Path, step: int | None = None) -> Path:
         return wanted
     present = sorted(path.name for path in directory.glob("step_*") if (path / "state.json").is_file())
     raise UserError(
-        f"no checkpoint {'of step ' + str(step) if step is not None else ''} in {directory}".replace("  ", " "),
+        f"no checkpoint {'of step ' + str(step) if step is not None else ''} in {directory}".replace(
+            "  ", " "
+        ),
         where=str(directory),
         law="a run's checkpoints are folders step_NNNNNN with a state.json",
         remedy=f"choose one of {', '.join(present)}" if present else "train the run first",

@@ -1,4 +1,5 @@
-"""What differs between a GPU and a CPU, behind names. Nothing else in the package asks which of the two it runs on."""
+"""What differs between a GPU and a CPU, behind names. Nothing else in the package asks which of the two it
+runs on."""
 
 from __future__ import annotations
 
@@ -7,14 +8,16 @@ import warnings
 
 import torch
 
+from grpo_mega.errors import UserError
+
 _prepared = False
-_KNOWN_NOISE: tuple[tuple[str, type[Warning]], ...] = (
-    # megatron-core's own doings, repeated by every rank, and nothing a user could act on
-    ("full scope is deprecated", UserWarning),
-    ("The .grad attribute of a Tensor that is not a leaf", UserWarning),
-    ("When using async grad allreduce", UserWarning),
-    ("`torch.distributed.reduce_scatter_tensor` is deprecated", FutureWarning),
-    ("`torch.distributed.all_gather_into_tensor` is deprecated", FutureWarning),
+_KNOWN_NOISE: tuple[tuple[str, type[Warning], str], ...] = (
+    # megatron-core's own doings, repeated by every rank, and nothing a user could act on: (message, category,
+    # module)
+    ("full scope is deprecated", UserWarning, ""),
+    ("The .grad attribute of a Tensor that is not a leaf", UserWarning, ""),
+    ("When using async grad allreduce", UserWarning, ""),
+    ("", FutureWarning, r"megatron\.core|torch\.distributed"),
 )
 
 
@@ -31,8 +34,16 @@ def device() -> torch.device:
 
 
 def bind_local_rank(local_rank: int) -> None:
-    """One GPU for each process; on CPU one compute thread, so that ranks do not fight over cores and sums keep their order."""
+    """One GPU for each process; on CPU one compute thread, so that ranks do not fight over cores and sums
+    keep their order."""
     if has_gpu():
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(
+                f"this machine has {torch.cuda.device_count()} GPUs, and process {local_rank + 1} wants one",
+                where="parallel.tp, parallel.pp, parallel.cp, parallel.dp",
+                law="each process has a GPU of its own",
+                remedy="choose a smaller layout, or start the run over more machines with torchrun",
+            )
         torch.cuda.set_device(local_rank)
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)
@@ -49,13 +60,14 @@ def transformer_engine_available() -> bool:
 
 
 def prepare_megatron() -> None:
-    """Make `megatron.core` importable and correct here: on CPU give it a CPU, on any device mend its optimizer loading."""
+    """Make `megatron.core` importable and correct here: on CPU give it a CPU, on any device mend its
+    optimizer loading."""
     global _prepared
     if _prepared:
         return
     _prepared = True
-    for message, category in _KNOWN_NOISE:
-        warnings.filterwarnings("ignore", message, category)
+    for message, category, module in _KNOWN_NOISE:
+        warnings.filterwarnings("ignore", message, category, module)
     if not has_gpu():
         from grpo_mega.engine import megatron_cpu
 

@@ -1,4 +1,5 @@
-"""One all-to-all that brings every sequence to the data-parallel rank that trains on it, wherever it was made."""
+"""One all-to-all that brings every sequence to the data-parallel rank that trains on it, wherever it was
+made."""
 
 from __future__ import annotations
 
@@ -35,12 +36,15 @@ def gather_lengths(sequences: Sequence[TrainSequence]) -> Lengths:
 def exchange(
     sequences: Sequence[TrainSequence], dp_rank_of_order: Mapping[int, int], dp_rank_of_rank: Sequence[int]
 ) -> dict[int, TrainSequence]:
-    """Send each sequence to all ranks of its data-parallel rank (its tensor and pipeline ranks need the same tokens).
+    """Send each sequence to all ranks of its data-parallel rank (its tensor and pipeline ranks need the same
+    tokens).
 
     Numbers travel as float64, which holds token ids up to 2^53 and every float32 exactly.
     """
     outgoing = [
-        np.concatenate([np.empty(0), *(_encode(s) for s in sequences if dp_rank_of_order[s.order] == dp_rank)])
+        np.concatenate(
+            [np.empty(0), *(_encode(s) for s in sequences if dp_rank_of_order[s.order] == dp_rank)]
+        )
         for dp_rank in dp_rank_of_rank
     ]
     sent = torch.tensor([len(part) for part in outgoing], device=device())

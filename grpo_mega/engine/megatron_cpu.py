@@ -1,8 +1,8 @@
 """megatron-core on a machine without a GPU: the real library, in which "cuda" means "cpu".
 
-Each loaded `megatron.core` module gets a private view of `torch`; `torch` itself stays as it is, but for two things that
-cannot be given a view: `Tensor.cuda`, which on a CPU build could only raise, and `Tensor.type` for the length of a few
-Megatron calls that compare its string. Written against megatron-core 0.16.
+Each loaded `megatron.core` module gets a private view of `torch`; `torch` itself stays as it is, but for two
+things that cannot be given a view: `Tensor.cuda`, which on a CPU build could only raise, and `Tensor.type`
+for the length of a few Megatron calls that compare its string. Written against megatron-core 0.16.
 """
 
 from __future__ import annotations
@@ -20,9 +20,23 @@ from typing import Any
 import torch
 
 _CPU = torch.device("cpu")
-_FACTORIES = (
-    "arange as_tensor empty empty_like eye full full_like linspace ones ones_like rand randn tensor zeros zeros_like"
-).split()
+_FACTORIES = [
+    "arange",
+    "as_tensor",
+    "empty",
+    "empty_like",
+    "eye",
+    "full",
+    "full_like",
+    "linspace",
+    "ones",
+    "ones_like",
+    "rand",
+    "randn",
+    "tensor",
+    "zeros",
+    "zeros_like",
+]
 _MODULES = (
     "distributed",
     "dist_checkpointing",
@@ -56,8 +70,8 @@ def enable() -> None:
 
 
 def _import_without_jit_fuser() -> None:
-    """Megatron binds its fuser to torch.compile when first imported, which costs a C++ build for each fused function on
-    CPU. Bind it to the identity instead; torch.compile stays available to our own kernels."""
+    """Megatron binds its fuser to torch.compile when first imported, which costs a C++ build for each fused
+    function on CPU. Bind it to the identity instead; torch.compile stays available to our own kernels."""
 
     def identity(function: Callable[..., Any] | None = None, **_: Any) -> Callable[..., Any]:
         return function if function is not None else lambda f: f
@@ -77,7 +91,8 @@ def _view(module: types.ModuleType, **replacements: Any) -> types.ModuleType:
     view = types.ModuleType(module.__name__)
     view.__dict__.update(module.__dict__)
     view.__dict__.update(replacements)
-    view.__getattr__ = lambda name: getattr(module, name)  # type: ignore[method-assign]  # submodules loaded later
+    # type: ignore[method-assign]  # submodules loaded later
+    view.__getattr__ = lambda name: getattr(module, name)
     return view
 
 
@@ -149,7 +164,8 @@ def _let_type_strings_say_cuda() -> None:
 
 
 def _let_expert_splits_be_numbers() -> None:
-    """The token dispatcher turns its split sizes into arrays only when it copies them off a GPU; the collectives need them."""
+    """The token dispatcher turns its split sizes into arrays only when it copies them off a GPU; the
+    collectives need them."""
     import megatron.core.transformer.moe.token_dispatcher as token_dispatcher
 
     def as_asked(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:

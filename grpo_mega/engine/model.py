@@ -1,4 +1,5 @@
-"""The policy as a Megatron model: its shape from a Hugging Face config, its layers from the local or Transformer Engine spec.
+"""The policy as a Megatron model: its shape from a Hugging Face config, its layers from the local or
+Transformer Engine spec.
 
 # T packed tokens of a micro-batch (T / tp under sequence parallelism), H hidden, V vocabulary shard
 """
@@ -39,8 +40,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk. The last one returns log-probabilities and entropies instead of logits, so that the only tensor
-    as wide as the vocabulary lives and dies here."""
+    """One pipeline chunk. The last one returns log-probabilities and entropies instead of logits, so that the
+    only tensor as wide as the vocabulary lives and dies here."""
 
     def __init__(self, *args: Any, inv_freq: torch.Tensor, real_vocab: int, thd: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
@@ -49,7 +50,8 @@ class PolicyModel(GPTModel):
         self.thd = thd
 
     def forward(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
-        """Hidden states [T, 1, H], or on the last stage [2, T] float32: log-probability of `targets_T`, entropy."""
+        """Hidden states [T, 1, H], or on the last stage [2, T] float32: log-probability of `targets_T`,
+        entropy."""
         embedded = None
         if self.pre_process:
             embedded = self.embedding(input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None])
@@ -61,7 +63,9 @@ class PolicyModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        weight = self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        weight = (
+            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        )
         logits, _ = self.output_layer(hidden, weight=weight)
         logprob_T, entropy_T = vocab_parallel_logprob(
             logits[:, 0], batch.targets_T, temperature, self.real_vocab, self.pg_collection.tp
@@ -69,7 +73,8 @@ class PolicyModel(GPTModel):
         return torch.stack([logprob_T, entropy_T])
 
     def _rotary(self, batch: PackedBatch) -> torch.Tensor:
-        """Angles: for every token its own (local attention), or for every position (Transformer Engine's thd kernels)."""
+        """Angles: for every token its own (local attention), or for every position (Transformer Engine's thd
+        kernels)."""
         inv_freq = self.rope_inv_freq = self.rope_inv_freq.to(batch.positions_T.device)
         positions = torch.arange(batch.max_seqlen, device=inv_freq.device) if self.thd else batch.positions_T
         angles = positions.float()[:, None] * inv_freq[None]
@@ -121,8 +126,10 @@ def transformer_config(hf: PretrainedConfig, block: ModelBlock, layout: Layout) 
         # Batched point-to-point calls corrupt gradients silently under interleaving at pp = 2.
         overlap_p2p_comm=interleaved,
         batch_p2p_comm=not interleaved,
-        calculate_per_token_loss=True,  # gradients are SUMMED over data parallel: our denominators are global already
-        use_cpu_initialization=True,  # the weights are loaded afterwards; initialising on the host needs no seeded kernels
+        # gradients are SUMMED over data parallel: our denominators are global already
+        calculate_per_token_loss=True,
+        # the weights are loaded afterwards; initialising on the host needs no seeded kernels
+        use_cpu_initialization=True,
         perform_initialization=False,  # see mark_tensor_parallel
         masked_softmax_fusion=not local,
         bias_dropout_fusion=not local,
@@ -149,7 +156,8 @@ def _mixture_of_experts(hf: PretrainedConfig) -> dict[str, Any]:
         "moe_ffn_hidden_size": hf.moe_intermediate_size,
         "moe_router_topk": hf.num_experts_per_tok,
         "moe_router_pre_softmax": not hf.norm_topk_prob,
-        "moe_router_load_balancing_type": "none",  # the rollouts fix the routing's statistics; no auxiliary loss
+        # rewards alone shape the routing: no auxiliary loss
+        "moe_router_load_balancing_type": "none",
         "moe_router_dtype": "fp32",
         "moe_token_dispatcher_type": "alltoall",
         "moe_aux_loss_coeff": 0.0,
@@ -188,7 +196,8 @@ def padded_vocab(vocab: int, multiple: int) -> int:
 
 
 def rope_inv_freq(hf: PretrainedConfig) -> torch.Tensor:
-    """Inverse frequencies by transformers' own functions, so that every scaling of theirs (llama3, linear, …) agrees."""
+    """Inverse frequencies by transformers' own functions, so that every scaling of theirs (llama3, linear, …)
+    agrees."""
     rope = getattr(hf, "rope_parameters", None) or {}
     kind = rope.get("rope_type", "default")
     if kind in ROPE_INIT_FUNCTIONS:
@@ -206,7 +215,9 @@ def rope_inv_freq(hf: PretrainedConfig) -> torch.Tensor:
     return 1.0 / (theta ** (torch.arange(0, size, 2, dtype=torch.int64).float() / size))
 
 
-def build_chunks(hf: PretrainedConfig, block: ModelBlock, layout: Layout) -> tuple[TransformerConfig, list[torch.nn.Module]]:
+def build_chunks(
+    hf: PretrainedConfig, block: ModelBlock, layout: Layout
+) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """This rank's pipeline chunks (one, or vpp of them), on its device, with uninitialised weights."""
     config = transformer_config(hf, block, layout)
     use_te = uses_transformer_engine(block)
@@ -239,8 +250,9 @@ def build_chunks(hf: PretrainedConfig, block: ModelBlock, layout: Layout) -> tup
 
 
 def mark_tensor_parallel(chunk: torch.nn.Module) -> None:
-    """Megatron marks its sharded weights only while it initialises them, which is skipped here (on the host it would draw
-    every whole matrix). Unmarked shards would be counted on one tensor-parallel rank only in the gradient norm."""
+    """Megatron marks its sharded weights only while it initialises them, which is skipped here (on the host
+    it would draw every whole matrix). Unmarked shards would be counted on one tensor-parallel rank only in
+    the gradient norm."""
     for module in chunk.modules():
         if isinstance(module, ColumnParallelLinear | VocabParallelEmbedding) and module.weight is not None:
             set_tensor_model_parallel_attributes(module.weight, True, 0, 1)

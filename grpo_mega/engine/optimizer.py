@@ -1,4 +1,5 @@
-"""The optimizer and its learning rate. The rate is a pure function of the stage's step, so that a resumed run needs no state."""
+"""The optimizer and its learning rate. The rate is a pure function of the stage's step, so that a resumed run
+needs no state."""
 
 from __future__ import annotations
 
@@ -50,7 +51,8 @@ class Update:
 def wrap_data_parallel(
     config: TransformerConfig, chunks: Sequence[torch.nn.Module]
 ) -> list[DistributedDataParallel]:
-    """Megatron's data parallelism: gradients are reduced in float32, into the shards that the optimizer owns."""
+    """Megatron's data parallelism: gradients are reduced in float32, into the shards that the optimizer
+    owns."""
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=True, grad_reduce_in_fp32=True)
     wrapped = [
         DistributedDataParallel(config, ddp, chunk, disable_bucketing=index > 0)
@@ -81,7 +83,8 @@ def build_optimizer(
 
 
 def apply_update(optimizer: MegatronOptimizer, lr: float) -> Update:
-    """One step, unless the gradient is not finite: then no rank's weights move (the norm is the same number on all)."""
+    """One step, unless the gradient is not finite: then no rank's weights move (the norm is the same number
+    on all)."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.prepare_grads()
@@ -93,7 +96,8 @@ def apply_update(optimizer: MegatronOptimizer, lr: float) -> Update:
 
 
 def allocate_state(optimizer: MegatronOptimizer) -> None:
-    """Give a fresh optimizer its (zero) moments, which checkpoints are written from and read into; weights stay put."""
+    """Give a fresh optimizer its (zero) moments, which checkpoints are written from and read into; weights
+    stay put."""
     for part in getattr(optimizer, "chained_optimizers", [optimizer]):
         if part.optimizer.state:
             continue

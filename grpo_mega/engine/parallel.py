@@ -21,7 +21,8 @@ COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 class Layout:
     """This rank's place in the grid and the groups it talks to.
 
-    Megatron's order: tensor fastest, then context, data, pipeline. With tp = 2, dp = 2, pp = 1 rank 3 is tp_rank 1, dp_rank 1.
+    Megatron's order: tensor fastest, then context, data, pipeline. With tp = 2, dp = 2, pp = 1 rank 3 is
+    tp_rank 1, dp_rank 1.
     """
 
     rank: int

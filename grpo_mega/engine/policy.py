@@ -1,4 +1,5 @@
-"""The policy engine: forward, loss, backward, step over any pipeline schedule, and log-probs under any set of weights.
+"""The policy engine: forward, loss, backward, step over any pipeline schedule, and log-probs under any set of
+weights.
 
 # T packed tokens of one micro-batch
 """
@@ -27,7 +28,8 @@ from grpo_mega.types import PackedBatch
 
 @dataclass(frozen=True, slots=True)
 class TokenOutputs:
-    """What the policy says about one micro-batch; aligned with the tokens themselves, not with their predictors."""
+    """What the policy says about one micro-batch; aligned with the tokens themselves, not with their
+    predictors."""
 
     logprobs_T: torch.Tensor  # float32; meaningless at each sequence's first token
     entropy_T: torch.Tensor
@@ -67,7 +69,11 @@ class PolicyEngine:
         self.optimizer.reload_model_params()
 
     def train_step(
-        self, micro_batches: Sequence[PackedBatch], loss_function: LossFunction, lr: float, temperature: float = 1.0
+        self,
+        micro_batches: Sequence[PackedBatch],
+        loss_function: LossFunction,
+        lr: float,
+        temperature: float = 1.0,
     ) -> tuple[Metrics, Update]:
         """One optimizer step over micro-batches. Metrics are this rank's, and only the last stage has any."""
         for chunk in self.chunks:
@@ -118,12 +124,14 @@ class PolicyEngine:
     def copy_weights(self, *, on_host: bool = False) -> Weights:
         """A frozen copy of this rank's parameters, to compute with later (a reference model)."""
         return {
-            name: p.detach().to("cpu" if on_host else p.device, copy=True) for name, p in self._named_parameters()
+            name: p.detach().to("cpu" if on_host else p.device, copy=True)
+            for name, p in self._named_parameters()
         }
 
     @contextmanager
     def using(self, weights: Weights) -> Iterator[None]:
-        """Inside, the model has these weights; its own are untouched (no second model, no copy when already on device)."""
+        """Inside, the model has these weights; its own are untouched (no second model, no copy when already
+        on device)."""
         own = {name: p.data for name, p in self._named_parameters()}
         try:
             for name, parameter in self._named_parameters():
@@ -139,14 +147,18 @@ class PolicyEngine:
                 yield f"{index}.{name}", parameter
 
 
-def _finalize_with_global_denominators(chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any) -> None:
-    """Losses arrive divided by their global denominators: gradients are summed, and not divided by a token count again."""
+def _finalize_with_global_denominators(
+    chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any
+) -> None:
+    """Losses arrive divided by their global denominators: gradients are summed, and not divided by a token
+    count again."""
     finalize_model_grads(chunks, None, **kwargs)
 
 
 def at_own_token(predicted_T: torch.Tensor) -> torch.Tensor:
-    """Shift log-probs from the position that predicts to the token that is predicted; each sequence's first token has none
-    (its place holds the previous sequence's unused last prediction, and no response mask covers it)."""
+    """Shift log-probs from the position that predicts to the token that is predicted; each sequence's first
+    token has none (its place holds the previous sequence's unused last prediction, and no response mask
+    covers it)."""
     return torch.roll(predicted_T, 1)
 
 

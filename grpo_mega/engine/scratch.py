@@ -1,4 +1,5 @@
-"""Models from nothing: a random Hugging Face directory, so that everything after it has one way to load a model."""
+"""Models from nothing: a random Hugging Face directory, so that everything after it has one way to load a
+model."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from grpo_mega.engine.model import DTYPES
 from grpo_mega.recipe.schema import ScratchModel
@@ -47,5 +49,6 @@ def write_scratch_model(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(scratch_config(block, tokenizer), dtype=DTYPES[dtype])
+    logging.disable_progress_bar()  # one file of a small model, from one rank
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)

@@ -1,4 +1,5 @@
-"""Log-probability and entropy of a target token from logits whose vocabulary is split over tensor-parallel ranks.
+"""Log-probability and entropy of a target token from logits whose vocabulary is split over tensor-parallel
+ranks.
 
 # T tokens, V columns of this rank's vocabulary shard
 """
@@ -20,12 +21,14 @@ def vocab_parallel_logprob(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """log softmax(z)[target] and -sum p log p in float32, with z = logits / temperature.
 
-    Columns at or beyond `real_vocab` are padding and have probability 0. Rank r holds columns [r V, (r + 1) V). Only the
-    logits' storage is as large as the vocabulary: it is overwritten by the probabilities that the backward pass needs.
+    Columns at or beyond `real_vocab` are padding and have probability 0. Rank r holds columns [r V, (r + 1)
+    V). Only the logits' storage is as large as the vocabulary: it is overwritten by the probabilities that
+    the backward pass needs.
 
-    Example: logits (0, ln 3), target 1, temperature 1 -> log-probability ln .75, entropy .75 ln(4/3) + .25 ln 4.
+    Example: logits (0, ln 3), target 1, temperature 1 -> log-probability ln .75, entropy .75 ln(4/3) + .25 ln
+    4.
     """
-    return _VocabParallelLogprob.apply(logits_TV, target_T, temperature, real_vocab, group)  # type: ignore[return-value]
+    return _VocabParallelLogprob.apply(logits_TV, target_T, temperature, real_vocab, group)
 
 
 class _VocabParallelLogprob(torch.autograd.Function):
@@ -75,7 +78,9 @@ class _VocabParallelLogprob(torch.autograd.Function):
         return (grad_TV / ctx.temperature).to(ctx.dtype), None, None, None, None
 
 
-def _reduce(tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None) -> torch.Tensor:
+def _reduce(
+    tensor: torch.Tensor, operation: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None
+) -> torch.Tensor:
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, operation, group)
     return tensor

@@ -1,4 +1,5 @@
-"""A metric carries its reducer and its denominator, so that merging micro-batches and ranks cannot bias it."""
+"""A metric carries its reducer and its denominator, so that merging micro-batches and ranks cannot bias
+it."""
 
 from __future__ import annotations
 
@@ -14,9 +15,11 @@ Reducer = Literal["mean", "sum", "max", "min"]
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`value` is the numerator of a mean, or the sum, maximum or minimum itself; `denominator` counts what it is over.
+    """`value` is the numerator of a mean, or the sum, maximum or minimum itself; `denominator` counts what it
+    is over.
 
-    A metric over nothing (denominator 0) merges like any other and is left out of the result: never a made-up number.
+    A metric over nothing (denominator 0) merges like any other and is left out of the result: never a made-up
+    number.
 
     Example: Metric(torch.tensor(6.0), torch.tensor(3.0)) is a mean of 2 over 3 tokens.
     """
@@ -63,7 +66,8 @@ def _pair(a: Metric, b: Metric) -> Metric:
 
 
 def reduce(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-    """Over the ranks of `group` (None: this rank alone), as plain numbers. Every rank must bring the same names."""
+    """Over the ranks of `group` (None: this rank alone), as plain numbers. Every rank must bring the same
+    names."""
     names = sorted(metrics)
     if not names:
         return {}

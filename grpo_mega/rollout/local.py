@@ -1,4 +1,5 @@
-"""The embedded engine: a transformers model on every rank, fed by the same weight stream as any sampling server.
+"""The embedded engine: a transformers model on every rank, fed by the same weight stream as any sampling
+server.
 
 # P prompts of a generation batch, N = P x group size rows, S prompt tokens after padding
 """
@@ -22,8 +23,8 @@ _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
 class LocalEngine:
     """Batched generation with a key-value cache.
 
-    Prompts are generated in batches of a fixed size in a fixed order, whole batches going to ranks: what a batch computes,
-    and so every sample to the last bit, does not depend on how many ranks there are.
+    Prompts are generated in batches of a fixed size in a fixed order, whole batches going to ranks: what a
+    batch computes, and so every sample to the last bit, does not depend on how many ranks there are.
 
     Example:
         engine.load(stream_hf(...))
@@ -75,7 +76,8 @@ class LocalEngine:
         seed: int,
         advance: Callable[[int], None] | None = None,
     ) -> list[Group]:
-        """A group for each prompt, in order. `prompts` is this rank's share; `advance` hears how many prompts are done."""
+        """A group for each prompt, in order. `prompts` is this rank's share; `advance` hears how many prompts
+        are done."""
         groups: list[Group] = []
         for first in range(0, len(prompts), self._prompts_per_batch):
             batch = prompts[first : first + self._prompts_per_batch]
@@ -90,12 +92,16 @@ class LocalEngine:
     ) -> list[Group]:
         uids = [f"{prompt.uid}/{index}" for prompt in prompts for index in range(group_size)]
         random = np.stack([uniforms(seed, uid, params.max_new_tokens) for uid in uids])
-        tokens, logprobs, lengths = self._decode(prompts, group_size, params, torch.from_numpy(random).to(self._device))
+        tokens, logprobs, lengths = self._decode(
+            prompts, group_size, params, torch.from_numpy(random).to(self._device)
+        )
         groups = []
         for place, prompt in enumerate(prompts):
             rows = range(place * group_size, (place + 1) * group_size)
             samples = (
-                self._sample(uids[row], index, tokens[row, : lengths[row]], logprobs[row, : lengths[row]], params)
+                self._sample(
+                    uids[row], index, tokens[row, : lengths[row]], logprobs[row, : lengths[row]], params
+                )
                 for index, row in enumerate(rows)
             )
             groups.append(Group(prompt, tuple(samples)))
@@ -150,7 +156,8 @@ class LocalEngine:
     def _prefill(
         self, prompts: Sequence[Prompt], group_size: int
     ) -> tuple[torch.Tensor, DynamicCache, torch.Tensor | None, torch.Tensor]:
-        """Each prompt is read once; its cache rows are then repeated for the group. Prompts are padded on the left."""
+        """Each prompt is read once; its cache rows are then repeated for the group. Prompts are padded on the
+        left."""
         longest = max(len(prompt.token_ids) for prompt in prompts)
         lengths = torch.tensor([len(prompt.token_ids) for prompt in prompts], device=self._device)
         ids_PS = torch.zeros(len(prompts), longest, dtype=torch.int64)

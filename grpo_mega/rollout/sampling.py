@@ -1,4 +1,5 @@
-"""Choosing the next token, reproducibly: every sample has its own random numbers, named and not drawn in turn.
+"""Choosing the next token, reproducibly: every sample has its own random numbers, named and not drawn in
+turn.
 
 # N rows of a generation batch, V vocabulary
 """
@@ -24,17 +25,20 @@ class SamplingParams:
 
 
 def uniforms(seed: int, uid: str, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) that depend on the run's seed and the sample's uid alone: not on the rank, nor on what was
-    sampled before. A longer request starts with the same numbers."""
+    """`count` numbers in [0, 1) that depend on the run's seed and the sample's uid alone: not on the rank,
+    nor on what was sampled before. A longer request starts with the same numbers."""
     key = hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
 
 
-def choose(logits_NV: torch.Tensor, uniform_N: torch.Tensor, params: SamplingParams) -> tuple[torch.Tensor, torch.Tensor]:
+def choose(
+    logits_NV: torch.Tensor, uniform_N: torch.Tensor, params: SamplingParams
+) -> tuple[torch.Tensor, torch.Tensor]:
     """The next token of each row and its log-prob under the distribution it was drawn from.
 
-    That distribution is softmax(logits / temperature), cut to the top_k most probable tokens, then to the smallest set of
-    them that holds top_p of the mass, and renormalised. Greedy has no distribution: its log-prob is that of the softmax.
+    That distribution is softmax(logits / temperature), cut to the top_k most probable tokens, then to the
+    smallest set of them that holds top_p of the mass, and renormalised. Greedy has no distribution: its
+    log-prob is that of the softmax.
 
     Example: probabilities (.5, .3, .2), top_p .6 -> drawn from (.625, .375): u = .7 gives token 1, log .375
     """

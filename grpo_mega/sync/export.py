@@ -1,4 +1,5 @@
-"""A Hugging Face directory written from the weight stream: loadable by transformers and by servers as it is."""
+"""A Hugging Face directory written from the weight stream: loadable by transformers and by servers as it
+is."""
 
 from __future__ import annotations
 
@@ -23,8 +24,8 @@ def write_hf_directory(
     *,
     write: bool,
 ) -> None:
-    """Config, tokenizer, generation config and safetensors shards. All ranks iterate (the stream is a collective); one
-    writes. The directory appears under its name only when it is complete."""
+    """Config, tokenizer, generation config and safetensors shards. All ranks iterate (the stream is a
+    collective); one writes. The directory appears under its name only when it is complete."""
     draft = directory.with_name(directory.name + ".writing")
     writer = _ShardWriter(draft) if write else None
     dtype = None

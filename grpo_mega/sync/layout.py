@@ -1,8 +1,9 @@
-"""Megatron <-> Hugging Face: names, merging and sharding of every parameter. Pure: no process group is touched here.
+"""Megatron <-> Hugging Face: names, merging and sharding of every parameter. Pure: no process group is
+touched here.
 
-A Megatron parameter is named globally (layer and expert numbers count over the whole model, not over one rank), and its
-rule says which Hugging Face tensors make it and how it is split over tensor-parallel ranks. Covers qwen2, qwen3, llama and
-qwen3_moe, in the local and the Transformer Engine spec.
+A Megatron parameter is named globally (layer and expert numbers count over the whole model, not over one
+rank), and its rule says which Hugging Face tensors make it and how it is split over tensor-parallel ranks.
+Covers qwen2, qwen3, llama and qwen3_moe, in the local and the Transformer Engine spec.
 
 # H hidden, Q query heads of one key/value group, D head size
 """
@@ -22,7 +23,8 @@ Split = Literal["none", "rows", "columns"]  # rows: the output dimension (0); co
 
 @dataclass(frozen=True, slots=True)
 class Heads:
-    """What the interleaved query-key-value matrix needs to know, and the true size of the padded vocabulary."""
+    """What the interleaved query-key-value matrix needs to know, and the true size of the padded
+    vocabulary."""
 
     heads: int
     kv_heads: int
@@ -35,7 +37,8 @@ class Heads:
 class Rule:
     """One Megatron parameter.
 
-    Example: decoder.layers.3.mlp.linear_fc1.weight = gate_up of model.layers.3.mlp.{gate_proj,up_proj}.weight, split by rows
+    Example: decoder.layers.3.mlp.linear_fc1.weight = gate_up of
+    model.layers.3.mlp.{gate_proj,up_proj}.weight, split by rows
     """
 
     hf_names: tuple[str, ...]
@@ -60,7 +63,8 @@ def _gate_up(prefix: str) -> Rule:
 # Inside decoder.layers.<layer>. ; <expert> counts over all experts.
 _LAYER_RULES: Mapping[str, Rule] = {
     "input_layernorm.weight": Rule(_INPUT_NORM),
-    "self_attention.linear_qkv.layer_norm_weight": Rule(_INPUT_NORM),  # Transformer Engine fuses norm and matrix
+    # Transformer Engine fuses a norm with the matrix behind it
+    "self_attention.linear_qkv.layer_norm_weight": Rule(_INPUT_NORM),
     "self_attention.linear_qkv.weight": _qkv("weight"),
     "self_attention.linear_qkv.bias": _qkv("bias"),
     "self_attention.linear_proj.weight": Rule((f"{_ATTENTION}.o_proj.weight",), split="columns"),
@@ -86,7 +90,8 @@ _EXPERT_NAME = re.compile(r"(?<=local_experts\.)\d+")
 
 
 def rule_for(name: str) -> Rule:
-    """The rule of a globally named Megatron parameter; an unknown name is a bug in this table, not a user's mistake."""
+    """The rule of a globally named Megatron parameter; an unknown name is a bug in this table, not a user's
+    mistake."""
     if name in _OUTER_RULES:
         return _OUTER_RULES[name]
     match = _LAYER_NAME.fullmatch(name)
@@ -120,7 +125,8 @@ def from_hf(rule: Rule, tensors: Sequence[torch.Tensor], heads: Heads) -> torch.
     if rule.merge == "vocab":
         padding = heads.padded_vocab - tensors[0].shape[0]
         return torch.nn.functional.pad(tensors[0], (0, 0, 0, padding))
-    grouped = [t.unflatten(0, (heads.kv_heads, -1)) for t in tensors]  # group: its queries, its key, its value
+    # each group: its queries, its key, its value
+    grouped = [t.unflatten(0, (heads.kv_heads, -1)) for t in tensors]
     return torch.cat(grouped, dim=1).flatten(0, 1)
 
 

@@ -1,4 +1,5 @@
-"""Weights on the move: from a Hugging Face directory into this rank's shards, and back out, one tensor at a time."""
+"""Weights on the move: from a Hugging Face directory into this rank's shards, and back out, one tensor at a
+time."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from grpo_mega.engine.model import padded_vocab, unwrap
+from grpo_mega.engine.model import PolicyModel, padded_vocab, unwrap
 from grpo_mega.engine.parallel import Layout
 from grpo_mega.errors import UserError
 from grpo_mega.sync.layout import Heads, Rule, from_hf, globally_named, rule_for, shard, to_hf, unshard
@@ -31,7 +32,8 @@ def heads_of(hf: object, vocab_multiple: int) -> Heads:
 
 
 def local_parameters(chunks: Sequence[torch.nn.Module], layout: Layout) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name. A tied output layer on a later stage is left out: it IS the embedding."""
+    """This rank's parameters by global name. A tied output layer on a later stage is left out: it IS the
+    embedding."""
     named = {}
     for chunk in chunks:
         model = unwrap(chunk)
@@ -56,13 +58,16 @@ def load_hf(chunks: Sequence[torch.nn.Module], layout: Layout, heads: Heads, ten
             _fill_tied_output(unwrap(chunk), layout, heads, tensors)
 
 
-def _fill_tied_output(model: torch.nn.Module, layout: Layout, heads: Heads, tensors: HfTensors) -> None:
-    """With tied weights and a pipeline the last stage holds a copy of the embedding, kept equal by Megatron's gradients."""
+def _fill_tied_output(model: PolicyModel, layout: Layout, heads: Heads, tensors: HfTensors) -> None:
+    """With tied weights and a pipeline the last stage holds a copy of the embedding, kept equal by Megatron's
+    gradients."""
     tied = model.share_embeddings_and_output_weights and model.post_process and not model.pre_process
     if tied:
         rule = rule_for("embedding.word_embeddings.weight")
         whole = from_hf(rule, [tensors(rule.hf_names[0])], heads)
-        model.output_layer.weight.copy_(shard(rule, whole, layout.tp_rank, layout.tp_size))  # type: ignore[union-attr]
+        weight = model.output_layer.weight
+        assert weight is not None
+        weight.copy_(shard(rule, whole, layout.tp_rank, layout.tp_size))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +84,8 @@ class _Owner:
 def stream_hf(
     chunks: Sequence[torch.nn.Module], layout: Layout, heads: Heads
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every Hugging Face tensor of the model, whole, on every rank, in one fixed order; a collective: all ranks iterate.
+    """Every Hugging Face tensor of the model, whole, on every rank, in one fixed order; a collective: all
+    ranks iterate.
 
     At any time one tensor is held whole, never the model.
     """
@@ -87,7 +93,11 @@ def stream_hf(
     for owner in _owners(mine, layout):
         rule = rule_for(owner.name)
         holds = owner.pp_rank == layout.pp_rank and owner.ep_rank in (layout.ep_rank, -1)
-        part = mine[owner.name].detach() if holds else torch.empty(owner.shape, dtype=owner.dtype, device=_device(mine))
+        part = (
+            mine[owner.name].detach()
+            if holds
+            else torch.empty(owner.shape, dtype=owner.dtype, device=_device(mine))
+        )
         whole = unshard(rule, _parts(part, rule, owner, layout))
         yield from zip(rule.hf_names, to_hf(rule, whole, heads), strict=True)
 
@@ -116,7 +126,8 @@ def _owners(mine: dict[str, torch.nn.Parameter], layout: Layout) -> list[_Owner]
 
 
 def _parts(part: torch.Tensor, rule: Rule, owner: _Owner, layout: Layout) -> list[torch.Tensor]:
-    """Bring the owner's part to every pipeline and expert rank, then every tensor-parallel rank's part to each of them."""
+    """Bring the owner's part to every pipeline and expert rank, then every tensor-parallel rank's part to
+    each of them."""
     part = part.contiguous()
     if owner.ep_rank >= 0 and layout.ep_size > 1 and owner.pp_rank == layout.pp_rank:
         dist.broadcast(part, dist.get_global_rank(layout.ep_group, owner.ep_rank), layout.ep_group)
@@ -145,7 +156,7 @@ class HfDirectory:
                 f"{directory} holds no weights",
                 where="model.hf",
                 law="a model directory has model.safetensors, or model.safetensors.index.json and its parts",
-                remedy="convert the model with save_pretrained(…, safe_serialization=True), or correct the path",
+                remedy="write the model with save_pretrained of transformers, or correct the path",
             )
 
     @property

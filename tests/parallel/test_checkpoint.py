@@ -13,7 +13,8 @@ CHECKPOINT = {"every": 3, "keep": 9}
 
 
 def _rewind(run_dir: Path, target: Path, step: int) -> Path:
-    """A copy of the run as if it had died right after the checkpoint of `step`, with later metrics still in its file."""
+    """A copy of the run as if it had died right after the checkpoint of `step`, with later metrics still in
+    its file."""
     shutil.copytree(run_dir, target)
     (target / "checkpoints" / "latest").write_text(f"step_{step:06d}")
     return target
@@ -77,7 +78,10 @@ def _optimizer_steps_after_reload(directory: Path) -> set[float]:
     def update(count: int) -> None:
         for _ in range(count):
             batches, counts = distribute(sequences, layout, 64)
-            engine.train_step(batches, lambda out, b: LossTerms(-out.logprobs_T.sum() / counts.tokens, {}), lr=1e-3)
+            scale = 1.0 / counts.tokens
+            engine.train_step(
+                batches, lambda out, b, scale=scale: LossTerms(-scale * out.logprobs_T.sum(), {}), lr=1e-3
+            )
 
     update(3)
     path = save_checkpoint(engine, directory / "checkpoints", RunState(3, 0, 3), keep=1)
@@ -88,7 +92,8 @@ def _optimizer_steps_after_reload(directory: Path) -> set[float]:
 
 
 def test_adam_counts_each_update_once_after_a_load(ranks, tmp_path):
-    """megatron-core alone gives all parameters one shared step tensor on load: 3 + 2 x parameters instead of 5."""
+    """megatron-core alone gives all parameters one shared step tensor on load: 3 + 2 x parameters instead of
+    5."""
     tiny.save_model("qwen2", tmp_path / "model")
     for steps in ranks(2).run(_optimizer_steps_after_reload, tmp_path):
         assert steps == {5.0}

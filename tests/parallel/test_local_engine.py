@@ -70,7 +70,9 @@ def test_logprobs_are_those_of_the_scaled_model(model, temperature):
         for sample in group.samples:
             ids = torch.tensor([*group.prompt.token_ids, *sample.response_ids])
             logits = reference(ids[None]).logits[0, len(group.prompt.token_ids) - 1 : -1] / temperature
-            expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(sample.response_ids)[:, None])[:, 0]
+            expected = torch.log_softmax(logits, -1).gather(-1, torch.tensor(sample.response_ids)[:, None])[
+                :, 0
+            ]
             torch.testing.assert_close(torch.tensor(sample.sampler_logprobs), expected, atol=2e-5, rtol=1e-5)
 
 

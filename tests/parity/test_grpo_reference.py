@@ -1,5 +1,5 @@
-"""Our GRPO update against a single-process one written with transformers alone: loss, gradient norm, updated weights; and
-the same gradient however the batch is cut into micro-batches."""
+"""Our GRPO update against a single-process one written with transformers alone: loss, gradient norm, updated
+weights; and the same gradient however the batch is cut into micro-batches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from grpo_mega.types import TrainSequence
 from tests import tiny
 
 LR, CLIP_NORM, KL, ENTROPY, CLIP_LOW, CLIP_HIGH = 0.1, 0.5, 0.1, 0.01, 0.2, 0.28
-# Adam's first step is lr g / (|g| + eps): with its usual eps it is the gradient's sign, whose rounding would hide everything
+# Adam's first step is lr g / (|g| + eps): with its usual eps it is the gradient's sign, whose rounding would
+# hide everything
 ADAM_EPS = 0.1
 AGGREGATES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")
 
@@ -73,7 +74,9 @@ def _recipe(directory: Path, parallel: dict, aggregate: str, micro_batch_tokens:
     )
 
 
-def _update(directory: Path, parallel: dict, sequences: list[TrainSequence], aggregate: str, micro_batch_tokens: int):
+def _update(
+    directory: Path, parallel: dict, sequences: list[TrainSequence], aggregate: str, micro_batch_tokens: int
+):
     from transformers import AutoConfig
 
     from grpo_mega.data.tokenizer import scratch_tokenizer

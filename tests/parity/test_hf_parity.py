@@ -1,7 +1,9 @@
-"""The Megatron policy is the Hugging Face model: log-probs, loss gradient and weights, on every layout up to four ranks."""
+"""The Megatron policy is the Hugging Face model: log-probs, loss gradient and weights, on every layout up to
+four ranks."""
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -27,7 +29,8 @@ LAYOUTS = {
 
 
 def _reference(directory: Path, sequences: list[TrainSequence]) -> tuple[dict[int, torch.Tensor], float]:
-    """Log-probs of each sequence and the norm of the gradient of the mean response log-likelihood, by transformers alone."""
+    """Log-probs of each sequence and the norm of the gradient of the mean response log-likelihood, by
+    transformers alone."""
     model = tiny.load_model(directory)
     logprobs, total = {}, torch.zeros(())
     tokens = sum(s.response_length for s in sequences)
@@ -37,8 +40,8 @@ def _reference(directory: Path, sequences: list[TrainSequence]) -> tuple[dict[in
         logprobs[s.order] = lp.detach()
         total = total - lp[s.prompt_length - 1 :].sum() / tokens
     total.backward()
-    norm = torch.sqrt(sum((p.grad.double() ** 2).sum() for p in model.parameters() if p.grad is not None))
-    return logprobs, float(norm)
+    squares = [float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None]
+    return logprobs, math.sqrt(sum(squares))
 
 
 def _negative_log_likelihood(tokens: int):
@@ -99,7 +102,9 @@ def test_policy_equals_transformers(family, layout, models, ranks):
     _check_parity(family, LAYOUTS[layout], models, ranks)
 
 
-@pytest.mark.parametrize("options", [{}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str
+)
 def test_mixture_of_experts_equals_transformers(options, models, ranks):
     _check_parity("qwen3_moe", options, models, ranks)
 

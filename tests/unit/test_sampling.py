@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from grpo_mega.rollout.sampling import SamplingParams, choose, uniforms
 PROBABILITIES = torch.tensor([0.5, 0.3, 0.2])
 
 
-def _choose(us: list[float], **options: float):
+def _choose(us: list[float], **options: Any):
     logits = PROBABILITIES.log().expand(len(us), 3)
     tokens, logprobs = choose(logits, torch.tensor(us, dtype=torch.float64), SamplingParams(8, **options))
     return tokens.tolist(), logprobs.tolist()

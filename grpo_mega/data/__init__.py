@@ -1,0 +1,1 @@
+"""Where prompts come from: tokenizers, sources of problems, and the stateless stream that orders them."""
