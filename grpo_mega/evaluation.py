@@ -13,7 +13,7 @@ from grpo_mega.data.stream import PromptStream
 from grpo_mega.engine.device import device
 from grpo_mega.engine.parallel import Layout
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
-from grpo_mega.recipe.schema import EvalBlock
+from grpo_mega.recipe.blocks import EvalBlock
 from grpo_mega.reward.assembly import RewardAssembly
 from grpo_mega.rollout.local import LocalEngine
 from grpo_mega.rollout.sampling import SamplingParams

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, cast, get_args
 
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import ScratchModel
+from grpo_mega.recipe.blocks import ScratchModel
 
 Family: TypeAlias = Literal["qwen2", "qwen3", "llama", "qwen3_moe"]
 FAMILIES: tuple[str, ...] = get_args(Family)

@@ -13,8 +13,8 @@ from grpo_mega.recipe.schema import Recipe
 
 def evaluate_run(recipe: Recipe, step: int | None = None) -> None:
     """Print the held-out metrics of a checkpoint (the newest, or that of a step). On every rank."""
-    parts = _with_checkpoint(recipe, step)
-    if not parts.evaluates:
+    parts = _with_checkpoint(recipe, step, check_inputs=True)
+    if not parts.inputs.evaluates:
         raise UserError(
             "this recipe holds no problems out",
             where="data.eval",
@@ -31,15 +31,15 @@ def evaluate_run(recipe: Recipe, step: int | None = None) -> None:
 
 def export_run(recipe: Recipe, out: Path, step: int | None = None) -> None:
     """Write a checkpoint as a Hugging Face directory. On every rank."""
-    parts = _with_checkpoint(recipe, step)
+    parts = _with_checkpoint(recipe, step, check_inputs=False)
     with parts.console.phase(f"writing {out}"):
         parts.export(out)
     shutdown()
 
 
-def _with_checkpoint(recipe: Recipe, step: int | None) -> Parts:
+def _with_checkpoint(recipe: Recipe, step: int | None, *, check_inputs: bool) -> Parts:
     directory = find_checkpoint(recipe.run.dir / "checkpoints", step)
-    parts = build(recipe, fresh=False)
+    parts = build(recipe, fresh=False, check_inputs=check_inputs)
     with parts.console.phase(f"loading {directory.name}"):
         load_weights(parts.engine, directory)
     return parts

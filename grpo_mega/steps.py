@@ -20,7 +20,7 @@ from grpo_mega.engine.device import device
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
-from grpo_mega.recipe.schema import AdvantageBlock, SftStage
+from grpo_mega.recipe.blocks import AdvantageBlock, SftStage
 from grpo_mega.types import Group, PackedBatch, Score, TrainSequence
 
 
@@ -91,11 +91,11 @@ def grpo_step(
         groups = parts.sampler.generate(
             [prompt for _, prompt in share],
             recipe.rollout.group_size,
-            parts.sampling,
-            parts.stage_seed(stage_index),
+            parts.inputs.sampling,
+            parts.inputs.stage_seed(stage_index),
         )
     with watch.phase("reward"):
-        scores = parts.rewards.score_groups(groups)
+        scores = parts.inputs.rewards.score_groups(groups)
         places = [place for place, _ in share]
         sequences = to_train_sequences(places, groups, scores, recipe.advantage)
         reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD)

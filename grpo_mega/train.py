@@ -19,7 +19,8 @@ from grpo_mega.engine.policy import Weights
 from grpo_mega.monitor.jsonl import EventsWriter, MetricsWriter
 from grpo_mega.monitor.report import draw_curves
 from grpo_mega.parts import Parts, build
-from grpo_mega.recipe.schema import Recipe, Stage
+from grpo_mega.recipe.blocks import Stage
+from grpo_mega.recipe.schema import Recipe
 from grpo_mega.steps import grpo_step, sft_step
 from grpo_mega.types import StepReport
 
@@ -84,7 +85,7 @@ class Trainer:
     def _run_stage(self, stage: Stage) -> None:
         total = steps_of(self.recipe, stage)
         rate = rate_of(self.recipe, stage)
-        prompts = self.parts.train_prompts(self.state.stage_index)
+        prompts = self.parts.inputs.train_prompts(self.state.stage_index)
         self._event("stage", f"{stage.kind}, {total} steps")
         if stage.grpo and self.recipe.loss.kl.coef and self.reference is None:
             self.reference = self._frozen_weights()
@@ -116,7 +117,7 @@ class Trainer:
             self._evaluate(stage.kind)
 
     def _evaluate(self, kind: str) -> None:
-        if self.evaluated_at == self.state.step or not self.parts.evaluates:
+        if self.evaluated_at == self.state.step or not self.parts.inputs.evaluates:
             return
         self.evaluated_at = self.state.step
         with self.parts.console.phase("evaluating"):

@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoTokenizer
 from grpo_mega import launch
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape
-from grpo_mega.recipe.schema import ModelBlock, ParallelBlock, TrainBlock
+from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__, no_args_is_help=True)
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from grpo_mega.recipe.schema import AdvantageBlock
+from grpo_mega.recipe.blocks import AdvantageBlock
 
 
 def group_advantages(rewards_G: np.ndarray | Sequence[float], block: AdvantageBlock) -> np.ndarray:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from grpo_mega.monitor.metrics import Metric, Metrics, max_of, mean_of, min_of
-from grpo_mega.recipe.schema import ClipObjective, LossBlock
+from grpo_mega.recipe.blocks import ClipObjective, LossBlock
 
 LOG_RATIO_BOUND = 10.0  # exp(10) = 22,026: beyond it float32 ratios only carry noise
 RATIO_BOUNDS = (1e-4, 1e4)

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from grpo_mega.data.problem import Problem, did_you_mean
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import DataBlock
+from grpo_mega.recipe.blocks import DataBlock
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from grpo_mega.data.problem import Problem, Source, Split
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import DataBlock
+from grpo_mega.recipe.blocks import DataBlock
 
 __all__ = ["DEFAULT_SIZES", "Problem", "Source", "Split", "open_source"]
 

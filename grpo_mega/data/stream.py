@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from grpo_mega.data.problem import Problem, Source, Split, stable_hash
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import DataBlock
+from grpo_mega.recipe.blocks import DataBlock
 from grpo_mega.types import Prompt
 
 log = logging.getLogger(__name__)

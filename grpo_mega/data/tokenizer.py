@@ -6,7 +6,7 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import ModelBlock
+from grpo_mega.recipe.blocks import ModelBlock
 
 PAD, EOS, UNKNOWN = "<pad>", "<eos>", "<unk>"
 CHARACTERS = (*(chr(code) for code in range(0x20, 0x7F)), "\n")

@@ -33,7 +33,7 @@ from grpo_mega.engine.device import device, transformer_engine_available
 from grpo_mega.engine.parallel import Layout, holds_stage
 from grpo_mega.errors import UserError
 from grpo_mega.kernels.logprob import vocab_parallel_logprob
-from grpo_mega.recipe.schema import ModelBlock
+from grpo_mega.recipe.blocks import ModelBlock
 from grpo_mega.types import PackedBatch
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}

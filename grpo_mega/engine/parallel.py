@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state, tensor_parallel
 
 from grpo_mega.engine.device import bind_local_rank, device, process_group_backend
-from grpo_mega.recipe.schema import ParallelBlock
+from grpo_mega.recipe.blocks import ParallelBlock
 
 COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
 

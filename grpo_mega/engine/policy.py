@@ -22,7 +22,7 @@ from grpo_mega.engine.model import build_chunks
 from grpo_mega.engine.optimizer import Update, apply_update, build_optimizer, wrap_data_parallel
 from grpo_mega.engine.parallel import Layout, broadcast_object
 from grpo_mega.monitor.metrics import Metrics, merge, reduce
-from grpo_mega.recipe.schema import ModelBlock, TrainBlock
+from grpo_mega.recipe.blocks import ModelBlock, TrainBlock
 from grpo_mega.types import PackedBatch
 
 

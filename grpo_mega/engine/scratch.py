@@ -10,7 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, Pre
 from transformers.utils import logging
 
 from grpo_mega.engine.model import DTYPES
-from grpo_mega.recipe.schema import ScratchModel
+from grpo_mega.recipe.blocks import ScratchModel
 
 
 def scratch_config(block: ScratchModel, tokenizer: PreTrainedTokenizerBase) -> PretrainedConfig:

@@ -1,349 +1,34 @@
-"""The recipe: every key a run can be given, typed, frozen, documented.
-`recipes/recipe.schema.json` comes from it. No torch here: editors, `plan` and `--dry-run` are instant.
-Validators are named for the law they hold.
+"""The recipe: its blocks, and the laws that hold between them. No torch here, so that editors, `plan` and
+`--dry-run` are instant.
+
+Validators are named for the law they hold. `recipes/recipe.schema.json` is generated from this.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
-
-from pydantic import BaseModel, ConfigDict, Field, model_validator
-
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Block(BaseModel):
-    """A part of a recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-class RunBlock(Block):
-    name: str = "run"
-    """Shown in logs and trackers."""
-    dir: Path = Path("runs/run")
-    """Everything the run writes goes here."""
-
-
-class ScratchModel(Block):
-    """A model made from nothing; its tokenizer has one token for each printable ASCII character."""
-
-    family: Literal["qwen2", "qwen3", "llama", "qwen3_moe"] = "qwen2"
-    layers: Positive = 4
-    hidden: Positive = 128
-    heads: Positive = 4
-    kv_heads: Positive = 2
-    ffn: Positive = 384
-    tie_embeddings: bool = False
-    rope_theta: float = 10000.0
-    max_positions: Positive = 512
-    experts: Positive = 4
-    """qwen3_moe only: experts in each layer."""
-    experts_per_token: Positive = 2
-    """qwen3_moe only."""
-
-    @model_validator(mode="after")
-    def heads_share_hidden_and_kv_heads_evenly(self) -> ScratchModel:
-        if self.hidden % self.heads or self.heads % self.kv_heads:
-            raise ValueError(
-                f"hidden ({self.hidden}) must be a multiple of heads ({self.heads}), "
-                f"and heads of kv_heads ({self.kv_heads})"
-            )
-        return self
-
-
-class ModelBlock(Block):
-    hf: str | None = None
-    """A Hugging Face model directory (or a name in the local cache): weights, tokenizer, shape."""
-    scratch: ScratchModel | None = None
-    """Or: a randomly initialised model of this shape."""
-    tokenizer: str | None = None
-    """A tokenizer directory; null means the model's own."""
-    dtype: Literal["float32", "bfloat16"] = "bfloat16"
-    """Of parameters and activations; the optimizer and every log-probability are float32 all the same."""
-    attention: Literal["auto", "local", "transformer_engine"] = "auto"
-    """auto: Transformer Engine where it is importable and there is a GPU, else torch's scaled dot product."""
-    recompute: Literal["none", "selective", "full"] = "none"
-    """Activations recomputed in the backward pass: memory for time."""
-    vocab_multiple: Positive = 128
-    """The vocabulary is padded to a multiple of this, whatever the layout: checkpoints fit every layout."""
-
-    @model_validator(mode="after")
-    def exactly_one_origin(self) -> ModelBlock:
-        if (self.hf is None) == (self.scratch is None):
-            raise ValueError("give exactly one of model.hf (a directory) and model.scratch (a shape)")
-        return self
-
-
-class ParallelBlock(Block):
-    tp: Positive = 1
-    """Tensor parallel: each layer's matrices over this many ranks."""
-    pp: Positive = 1
-    """Pipeline parallel: the layers over this many stages."""
-    vpp: Positive = 1
-    """Virtual stages on each pipeline rank (interleaved schedule); 1 = off."""
-    cp: Positive = 1
-    """Context parallel: each sequence over this many ranks."""
-    ep: Positive = 1
-    """Expert parallel: a layer's experts over this many of the data-parallel ranks."""
-    dp: Positive = 1
-    """Data parallel: this many copies, each with its share of the batch."""
-    sequence_parallel: bool = False
-    """Activations between tensor-parallel regions are split along the sequence; needs tp > 1."""
-
-    @property
-    def world_size(self) -> int:
-        return self.tp * self.pp * self.cp * self.dp
-
-    @model_validator(mode="after")
-    def vpp_needs_a_pipeline(self) -> ParallelBlock:
-        if self.vpp > 1 and self.pp == 1:
-            raise ValueError(f"vpp = {self.vpp} interleaves pipeline stages: it needs pp > 1 (pp is 1)")
-        return self
-
-    @model_validator(mode="after")
-    def sequence_parallel_needs_tp(self) -> ParallelBlock:
-        if self.sequence_parallel and self.tp == 1:
-            raise ValueError("sequence_parallel splits over tensor-parallel ranks: it needs tp > 1 (tp is 1)")
-        return self
-
-    @model_validator(mode="after")
-    def ep_divides_dp(self) -> ParallelBlock:
-        if (self.dp * self.cp) % self.ep:
-            raise ValueError(f"ep ({self.ep}) must divide dp x cp ({self.dp * self.cp})")
-        return self
-
-
-class DataBlock(Block):
-    source: Literal["procedural", "jsonl", "parquet", "reasoning_gym"] = "procedural"
-    """procedural: a built-in task; jsonl / parquet: files; reasoning_gym: one of its data sets."""
-    task: str | None = None
-    """procedural and reasoning_gym: which task."""
-    options: dict[str, Any] = Field(default_factory=dict)
-    """procedural and reasoning_gym: arguments of the task."""
-    train: Path | Positive | None = None
-    """A file, or for generated tasks the number of distinct problems."""
-    eval: Path | Positive | None = None
-    """Held-out problems: a file (null: no evaluation), for generated tasks their number; none is in train."""
-    template: Literal["raw", "chat"] = "raw"
-    """raw: the prompt text as it is; chat: through the tokenizer's chat template."""
-    system: str | None = None
-    """chat: a system message put before every prompt."""
-    prompt_key: str = "prompt"
-    """files: the field with the prompt: a string, or a list of {role, content} messages."""
-    answer_key: str = "answer"
-    """files: the field with the reference answer."""
-    teacher_key: str = "teacher_response"
-    """files: the field with the text that supervised stages learn (optional in the file)."""
-    max_prompt_tokens: Positive = 1024
-    """A longer prompt is a bad line."""
-    on_bad_line: Literal["fail", "skip"] = "fail"
-    """files: stop at a line that cannot be used, or report and skip it."""
-    shuffle: bool = True
-    """A new order each epoch, from the seed."""
-
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class SftStage(Block):
-    """Supervised warm-up on teacher_response."""
-
-    steps: NotNegative = 100
-    batch_size: Positive = 128
-    """Sequences in each update, over all ranks."""
-    lr: float | None = Field(default=None, gt=0)
-    """null: train.lr."""
-    warmup_steps: NotNegative | None = None
-    """null: train.warmup_steps."""
-    schedule: Schedule | None = None
-    """null: train.schedule."""
-
-
-class GrpoStage(Block):
-    """Rollouts, group advantages, policy updates."""
-
-    steps: NotNegative = 100
-    lr: float | None = Field(default=None, gt=0)
-    """null: train.lr."""
-    warmup_steps: NotNegative | None = None
-    """null: train.warmup_steps."""
-    schedule: Schedule | None = None
-    """null: train.schedule."""
-
-
-class Stage(Block):
-    """One entry of `stages`: exactly one kind."""
-
-    sft: SftStage | None = None
-    grpo: GrpoStage | None = None
-
-    @property
-    def kind(self) -> Literal["sft", "grpo"]:
-        return "sft" if self.sft is not None else "grpo"
-
-    @property
-    def body(self) -> SftStage | GrpoStage:
-        body = self.sft if self.sft is not None else self.grpo
-        assert body is not None
-        return body
-
-    @model_validator(mode="after")
-    def exactly_one_kind(self) -> Stage:
-        if (self.sft is None) == (self.grpo is None):
-            raise ValueError("a stage is exactly one of sft, grpo")
-        return self
-
-
-class RolloutBlock(Block):
-    engine: Literal["local"] = "local"
-    """local: a transformers model inside the trainer, on every rank."""
-    prompts_per_step: Positive = 16
-    group_size: Positive = 8
-    """Samples of each prompt; the advantage is relative to their mean."""
-    max_new_tokens: Positive = 16
-    temperature: float = Field(default=1.0, ge=0.0)
-    """0 = greedy (evaluation only: a greedy group has no variance)."""
-    top_p: Probability = 1.0
-    top_k: NotNegative = 0
-    """0 = off."""
-    stop: tuple[str, ...] = ()
-    """Extra stop tokens, each one token of the tokenizer; the end-of-sequence token always stops."""
-    prompts_per_batch: Positive = 8
-    """Prompts generated together. Fixed for any number of ranks: samples do not depend on the layout."""
-    max_staleness: NotNegative = 0
-    """Policy versions a sample may lie behind; the local engine is synchronous: 0."""
-
-    @model_validator(mode="after")
-    def local_engine_is_synchronous(self) -> RolloutBlock:
-        if self.engine == "local" and self.max_staleness:
-            raise ValueError("rollout.engine local generates between updates: max_staleness must be 0")
-        return self
-
-
-class RuleReward(Block):
-    kind: Literal["exact", "contains", "number", "regex", "reasoning_gym"] = "exact"
-    """exact: the response equals the answer; contains: holds it; number: its last number equals the answer's;
-    regex: `pattern` matches ({answer} in it stands for the answer); reasoning_gym: the task's own scorer."""
-    pattern: str | None = None
-    strip: bool = True
-    """Ignore white space around response and answer."""
-    ignore_case: bool = False
-    extract: str | None = None
-    """A regular expression whose first group is the answer inside the response; no match scores 0."""
-
-    @model_validator(mode="after")
-    def regex_needs_a_pattern(self) -> RuleReward:
-        if (self.kind == "regex") != (self.pattern is not None):
-            raise ValueError("pattern belongs to kind: regex, and kind: regex needs it")
-        return self
-
-
-class MathReward(Block):
-    """Symbolic equality of the last boxed or plain expression with the answer."""
-
-    timeout_seconds: float = Field(default=5.0, gt=0)
-
-
-class RewardItem(Block):
-    rule: RuleReward | None = None
-    math: MathReward | None = None
-    weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return self.rule.kind if self.rule is not None else "math"
-
-    @model_validator(mode="after")
-    def exactly_one_kind(self) -> RewardItem:
-        if (self.rule is None) == (self.math is None):
-            raise ValueError("a reward is exactly one of rule, math (plus its weight)")
-        return self
-
-
-class AdvantageBlock(Block):
-    estimator: Literal["grpo"] = "grpo"
-    """grpo: (reward - group mean) / (group std + epsilon)."""
-    normalize_std: bool = True
-    """false leaves out the division (Dr.GRPO)."""
-    epsilon: float = Field(default=1e-6, gt=0)
-
-
-class ClipObjective(Block):
-    low: float = Field(default=0.2, gt=0, lt=1)
-    high: float = Field(default=0.2, gt=0)
-    """.28 is clip-higher."""
-    dual: float | None = Field(default=3.0, gt=1)
-    """Lower bound of the objective for negative advantages, in multiples of the advantage; null = off."""
-
-
-class Objective(Block):
-    clip: ClipObjective | None = None
-
-
-class KlBlock(Block):
-    coef: float = Field(default=0.0, ge=0)
-    """0: no reference model is held at all."""
-    estimator: Literal["k1", "k2", "k3", "abs"] = "k3"
-    reference_on: Literal["device", "host"] = "device"
-    """Where the frozen reference weights wait between uses; host saves GPU memory."""
-
-
-class LossBlock(Block):
-    innovations: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    """Token-level weightings by name; {} = plain clipped GRPO."""
-    objective: Objective | None = None
-    """null: the PPO clip .2/.2 with dual bound 3."""
-    kl: KlBlock = KlBlock()
-    entropy_coef: float = Field(default=0.0, ge=0)
-    aggregate: Literal[
-        "token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm"
-    ] = "token-mean"
-    """How per-token losses become one number; denominators are those of the whole update, all ranks."""
-    norm_length: Positive | None = None
-    """seq-mean-token-sum-norm: each sequence's sum is divided by this; null = rollout.max_new_tokens."""
-
-
-class TrainBlock(Block):
-    steps: NotNegative | None = None
-    """Caps the steps of every stage; null = the stages' own."""
-    lr: float = Field(default=1.0e-4, gt=0)
-    schedule: Schedule = "constant"
-    """After the warm-up: constant, or to lr * min_lr_ratio at the stage's end."""
-    min_lr_ratio: float = Field(default=0.0, ge=0, le=1)
-    warmup_steps: NotNegative = 5
-    """The rate rises linearly from 0 over these steps, at the start of each stage."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    adam_betas: tuple[float, float] = (0.9, 0.999)
-    adam_eps: float = Field(default=1e-8, gt=0)
-    micro_batch_tokens: Positive = 4096
-    """Sequences are packed into micro-batches of at most this many tokens (a longer sequence is its own)."""
-    updates_per_batch: Positive = 1
-    """Optimizer steps on each step's samples; whole groups stay together."""
-    grad_clip: float = Field(default=1.0, gt=0)
-    """Global gradient norm."""
-
-
-class EvalBlock(Block):
-    every: NotNegative = 25
-    """Steps between evaluations; 0 = only at the end of each stage."""
-    samples: NotNegative = 256
-    """Held-out problems used; 0 = all."""
-    at_start: bool = True
-    pass_at: tuple[Positive, ...] = (1,)
-    """pass@k for these k; max(k) samples of each problem are drawn."""
-    temperature: float = Field(default=1.0, ge=0.0)
-    """1: what a sampler sees; 0: greedy."""
-
-
-class CheckpointBlock(Block):
-    every: NotNegative = 50
-    """Steps between checkpoints; 0 = only at the end of each stage."""
-    keep: Positive = 3
-    """The newest this many stay on disk."""
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from grpo_mega.recipe.blocks import (
+    AdvantageBlock,
+    Block,
+    CheckpointBlock,
+    DataBlock,
+    EvalBlock,
+    GrpoStage,
+    LossBlock,
+    ModelBlock,
+    NotNegative,
+    ParallelBlock,
+    RewardItem,
+    RolloutBlock,
+    RuleReward,
+    RunBlock,
+    Stage,
+    TrainBlock,
+)
 
 
 class Recipe(Block):
@@ -397,4 +82,20 @@ class Recipe(Block):
         scratch, parts = self.model.scratch, self.parallel.pp * self.parallel.vpp
         if scratch is not None and scratch.layers % parts:
             raise ValueError(f"parallel.pp x vpp {parts} must divide model.scratch.layers {scratch.layers}")
+        return self
+
+    @model_validator(mode="after")
+    def grpo_needs_samples_that_differ(self) -> Recipe:
+        if not any(stage.grpo for stage in self.stages):
+            return self
+        if self.rollout.temperature == 0:
+            raise ValueError(
+                "rollout.temperature 0 gives every sample of a group the same text: "
+                "a grpo stage needs it above 0"
+            )
+        if self.rollout.group_size < 2:
+            raise ValueError(
+                f"rollout.group_size ({self.rollout.group_size}) must be at least 2: "
+                "an advantage is relative to the other samples of its group"
+            )
         return self

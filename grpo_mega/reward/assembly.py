@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from grpo_mega.recipe.schema import RewardItem
+from grpo_mega.recipe.blocks import RewardItem
 from grpo_mega.reward.base import Reward
 from grpo_mega.reward.math import MathScorer
 from grpo_mega.reward.rule import RuleScorer

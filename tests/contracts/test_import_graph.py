@@ -21,7 +21,7 @@ LAYERS = (
     ("kernels", "monitor.metrics"),  # the vocabulary of metrics is below those who measure
     ("algo",),
     ("data", "reward", "rollout", "engine", "sync", "monitor", "critic"),
-    ("launch", "evaluation", "curriculum", "batching"),
+    ("launch", "evaluation", "curriculum", "batching", "inputs"),
     ("parts",),
     ("steps",),
     ("train", "runs"),

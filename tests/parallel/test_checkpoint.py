@@ -65,7 +65,7 @@ def _optimizer_steps_after_reload(directory: Path) -> set[float]:
     from grpo_mega.engine.checkpoint import RunState, load_checkpoint, save_checkpoint
     from grpo_mega.engine.parallel import initialize_layout
     from grpo_mega.engine.policy import LossTerms, PolicyEngine
-    from grpo_mega.recipe.schema import ModelBlock, ParallelBlock, TrainBlock
+    from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
     from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf
 
     layout = initialize_layout(ParallelBlock(dp=2), seed=0)

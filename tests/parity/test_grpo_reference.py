@@ -82,6 +82,7 @@ def _update(
     from grpo_mega.data.tokenizer import scratch_tokenizer
     from grpo_mega.engine.parallel import initialize_layout
     from grpo_mega.engine.policy import PolicyEngine
+    from grpo_mega.inputs import Inputs
     from grpo_mega.monitor.console import Console
     from grpo_mega.parts import Parts
     from grpo_mega.steps import policy_update
@@ -91,7 +92,7 @@ def _update(
     layout = initialize_layout(recipe.parallel, 0)
     hf = AutoConfig.from_pretrained(directory)
     engine = PolicyEngine(hf, recipe.model, recipe.train, layout)
-    parts = Parts(recipe, layout, Console.silent(), scratch_tokenizer(), hf, engine)
+    parts = Parts(recipe, layout, Console.silent(), Inputs(recipe, scratch_tokenizer()), hf, engine)
     load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
     engine.weights_changed()
     reference = {name: 1.01 * weight for name, weight in engine.copy_weights().items()}

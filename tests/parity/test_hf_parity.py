@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from grpo_mega.recipe.schema import ModelBlock, ParallelBlock, TrainBlock
+from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
 from grpo_mega.types import PackedBatch, TrainSequence
 from tests import tiny
 

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_mega.algo.advantage import group_advantages
-from grpo_mega.recipe.schema import AdvantageBlock
+from grpo_mega.recipe.blocks import AdvantageBlock
 
 GRPO = AdvantageBlock()
 REWARDS = st.lists(st.floats(-100, 100), min_size=1, max_size=32)

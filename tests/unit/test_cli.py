@@ -16,7 +16,7 @@ from grpo_mega import cli
 from grpo_mega.data.tokenizer import scratch_tokenizer
 from grpo_mega.errors import UserError
 from grpo_mega.monitor.jsonl import MetricsWriter
-from grpo_mega.recipe import load_recipe
+from grpo_mega.recipe import Recipe, load_recipe
 from grpo_mega.types import StepReport
 
 ROOT = Path(__file__).parents[2]
@@ -45,17 +45,23 @@ def recipe(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[object, ...]]:
-    """What the commands ask of grpo_mega.train, which is not run here."""
+    """What the commands ask of the trainer, which is not run here."""
     seen: list[tuple[object, ...]] = []
-    stand_in = ModuleType("grpo_mega.train")
-    for name in ("run", "evaluate_run", "export_run"):
+    for module, name in (("train", "run"), ("runs", "evaluate_run"), ("runs", "export_run")):
+        stand_in = sys.modules.get(f"grpo_mega.{module}")
+        if not isinstance(stand_in, _StandIn):
+            stand_in = _StandIn(f"grpo_mega.{module}")
+            monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
 
         def record(*arguments: object, name: str = name, **options: object) -> None:
             seen.append((name, *arguments, options))
 
         setattr(stand_in, name, record)
-    monkeypatch.setitem(sys.modules, "grpo_mega.train", stand_in)
     return seen
+
+
+class _StandIn(ModuleType):
+    pass
 
 
 def invoke(*arguments: str | Path) -> str:
@@ -167,7 +173,9 @@ def test_eval_takes_a_run_or_its_recipe(recipe: Path, calls: list[tuple[object, 
     run_dir = recipe.parent / "run"
     for target in (run_dir, recipe):
         invoke("eval", target, "eval.samples=8")
-        assert calls.pop() == ("evaluate_run", run_dir, ["eval.samples=8"], {})
+        name, asked, step, _ = calls.pop()
+        assert (name, step) == ("evaluate_run", None)
+        assert asked == load_recipe(recipe, ["eval.samples=8"]).recipe
     with pytest.raises(UserError, match="holds no run"):
         invoke("eval", recipe.parent)
 
@@ -175,14 +183,23 @@ def test_eval_takes_a_run_or_its_recipe(recipe: Path, calls: list[tuple[object, 
 def test_export_names_a_step_and_never_writes_over_anything(recipe: Path, calls: list[tuple[object, ...]]):
     invoke("train", recipe)
     run_dir, out = recipe.parent / "run", recipe.parent / "out"
+    asked = load_recipe(recipe).recipe
     invoke("export", run_dir, out, "--step", "5")
-    assert calls.pop() == ("export_run", run_dir, out, 5, {})
+    assert calls.pop() == ("export_run", asked, out, 5, {})
     invoke("export", run_dir, out)
-    assert calls.pop() == ("export_run", run_dir, out, None, {})
+    assert calls.pop() == ("export_run", asked, out, None, {})
     out.mkdir()
     (out / "model.safetensors").touch()
     with pytest.raises(UserError, match="exists already"):
         invoke("export", run_dir, out)
+
+
+def test_a_run_may_have_been_moved(recipe: Path, calls: list[tuple[object, ...]]):
+    invoke("train", recipe)
+    moved = (recipe.parent / "run").rename(recipe.parent / "moved")
+    invoke("eval", moved)
+    asked = calls.pop()[1]
+    assert isinstance(asked, Recipe) and asked.run.dir == moved
 
 
 def test_data_shows_prompts_as_the_model_sees_them(recipe: Path):

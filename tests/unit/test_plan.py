@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from grpo_mega.errors import UserError
 from grpo_mega.plan import ModelShape, RankPlace, check_layout, check_world_size, make_plan, render_plan
 from grpo_mega.recipe import Recipe
-from grpo_mega.recipe.schema import ScratchModel
+from grpo_mega.recipe.blocks import ScratchModel
 
 SHAPE = ModelShape("qwen2", 4, 64, 8, 4, 8, 96, 100, tie_embeddings=False, rope_theta=1e4, max_positions=64)
 MOE = dataclasses.replace(SHAPE, family="qwen3_moe", experts=8, experts_per_token=2, moe_ffn=32)

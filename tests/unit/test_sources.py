@@ -11,7 +11,7 @@ import pytest
 
 from grpo_mega.data.sources import Split, open_source
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import DataBlock
+from grpo_mega.recipe.blocks import DataBlock
 
 GOOD = {"prompt": "1+1=", "answer": "2"}
 

@@ -14,7 +14,7 @@ from grpo_mega.data.sources import Split, open_source
 from grpo_mega.data.stream import Permutation, PromptStream
 from grpo_mega.data.tokenizer import scratch_tokenizer
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import DataBlock
+from grpo_mega.recipe.blocks import DataBlock
 
 TOKENIZER = scratch_tokenizer()
 

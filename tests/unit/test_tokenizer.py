@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from grpo_mega.data.tokenizer import load_tokenizer, scratch_tokenizer
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.schema import ModelBlock, ScratchModel
+from grpo_mega.recipe.blocks import ModelBlock, ScratchModel
 
 ASCII = [chr(code) for code in range(0x20, 0x7F)] + ["\n"]
 TOKENIZER = scratch_tokenizer()
