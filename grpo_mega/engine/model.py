@@ -92,6 +92,25 @@ class PolicyModel(GPTModel):
         )
 
 
+def check_supported(hf: PretrainedConfig) -> None:
+    """Refuse what would load and then compute something else."""
+    unsupported = {
+        "hidden_act": getattr(hf, "hidden_act", "silu") != "silu",
+        "use_sliding_window": bool(getattr(hf, "use_sliding_window", False)),
+        "mlp_only_layers": bool(getattr(hf, "mlp_only_layers", None)),
+        "decoder_sparse_step": getattr(hf, "decoder_sparse_step", 1) != 1,
+        "attention_dropout": getattr(hf, "attention_dropout", 0.0) != 0.0,
+    }
+    for key, broken in unsupported.items():
+        if broken:
+            raise UserError(
+                f"the model's {key} is {getattr(hf, key)!r}, which is not supported",
+                where=f"model.hf (config.json: {key})",
+                law="the trainer computes exactly what transformers computes, or refuses",
+                remedy="use a qwen2, qwen3, llama or qwen3_moe model without this feature",
+            )
+
+
 def transformer_config(hf: PretrainedConfig, block: ModelBlock, layout: Layout) -> TransformerConfig:
     """Megatron's description of a Hugging Face model. Dropout is 0: the sampler has none."""
     heads = hf.num_attention_heads
@@ -219,6 +238,7 @@ def build_chunks(
     hf: PretrainedConfig, block: ModelBlock, layout: Layout
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """This rank's pipeline chunks (one, or vpp of them), on its device, with uninitialised weights."""
+    check_supported(hf)
     config = transformer_config(hf, block, layout)
     use_te = uses_transformer_engine(block)
     inv_freq = rope_inv_freq(hf)

@@ -48,7 +48,10 @@ def local_parameters(chunks: Sequence[torch.nn.Module], layout: Layout) -> dict[
 
 
 def load_hf(chunks: Sequence[torch.nn.Module], layout: Layout, heads: Heads, tensors: HfTensors) -> None:
-    """Fill this rank's shards. Reads only the tensors that this rank holds a part of."""
+    """Fill this rank's shards. Reads only the tensors that this rank holds a part of; refuses a model with
+    tensors that no rank has a place for. A collective."""
+    if isinstance(tensors, HfDirectory):
+        _refuse_leftovers(chunks, layout, tensors)
     with torch.no_grad():
         for name, parameter in local_parameters(chunks, layout).items():
             rule = rule_for(name)
@@ -56,6 +59,22 @@ def load_hf(chunks: Sequence[torch.nn.Module], layout: Layout, heads: Heads, ten
             parameter.copy_(shard(rule, whole, layout.tp_rank, layout.tp_size))
         for chunk in chunks:
             _fill_tied_output(unwrap(chunk), layout, heads, tensors)
+
+
+def _refuse_leftovers(chunks: Sequence[torch.nn.Module], layout: Layout, directory: HfDirectory) -> None:
+    owners = _owners(local_parameters(chunks, layout), layout)
+    known = {name for owner in owners for name in rule_for(owner.name).hf_names}
+    if unwrap(chunks[0]).share_embeddings_and_output_weights:
+        known.add("lm_head.weight")  # some writers store the tied matrix twice
+    leftovers = [n for n in directory.names if n not in known and not n.endswith("rotary_emb.inv_freq")]
+    if leftovers:
+        shown = ", ".join(sorted(leftovers)[:3]) + (", ..." if len(leftovers) > 3 else "")
+        raise UserError(
+            f"{len(leftovers)} tensors of the model have no place in the trainer: {shown}",
+            where="model.hf",
+            law="every weight is trained; one that were left out would change the model silently",
+            remedy="use a qwen2, qwen3, llama or qwen3_moe model without extra biases or heads",
+        )
 
 
 def _fill_tied_output(model: PolicyModel, layout: Layout, heads: Heads, tensors: HfTensors) -> None:

@@ -1,4 +1,4 @@
-"""From sequences to micro-batches: the plan by hand and what holds for every plan; the packed fields by hand."""
+"""From sequences to micro-batches: plans by hand and what holds for every plan; the packed fields by hand."""
 
 from __future__ import annotations
 
@@ -74,9 +74,6 @@ def test_every_plan(values, ranks, max_tokens, micro_batch_multiple, length_mult
     assert len(plan.bins) == ranks
     (count,) = {len(rank_bins) for rank_bins in plan.bins}
     assert count >= 1 and count % micro_batch_multiple == 0
-    # bins of one sequence always fit: never more micro-batches than a rank has sequences, up to whole rounds
-    most = max(sum(map(len, rank_bins)) for rank_bins in plan.bins)
-    assert count < max(1, most) + micro_batch_multiple
 
     longest = max(_load(bin_, lengths) for bin_ in bins)
     assert plan.padded_length % length_multiple == 0
@@ -84,6 +81,22 @@ def test_every_plan(values, ranks, max_tokens, micro_batch_multiple, length_mult
 
     for rank, rank_bins in enumerate(plan.bins):
         assert all(plan.rank_of[order] == rank for bin_ in rank_bins for order in bin_)
+
+
+def test_a_long_sequence_adds_no_empty_micro_batches():
+    """Each would be padded to the long sequence's length, and cost as much as it does."""
+    assert plan_batch({0: 40}, 1, 8) == BatchPlan(bins=(((0,),),), padded_length=40)
+    # 20 alone; 3 + 3 within 8
+    assert plan_batch({0: 3, 1: 20, 2: 3}, 1, 8) == BatchPlan(bins=(((1,), (0, 2)),), padded_length=20)
+
+
+@settings(deadline=None)
+@given(LENGTHS, st.integers(1, 5), st.integers(1, 60), st.integers(1, 4))
+def test_never_more_micro_batches_than_sequences(values, ranks, max_tokens, multiple):
+    """One sequence to a micro-batch always fits; only whole rounds can ask for more."""
+    plan = plan_batch(dict(enumerate(values)), ranks, max_tokens, micro_batch_multiple=multiple)
+    most = max(sum(map(len, rank_bins)) for rank_bins in plan.bins)
+    assert len(plan.bins[0]) < max(1, most) + multiple
 
 
 @settings(deadline=None)
