@@ -134,7 +134,8 @@ class PolicyLoss:
         above_T = (advantages_T > 0) & (ratio_T > 1 + self.clip.high)
         below_T = (advantages_T < 0) & (ratio_T < 1 - self.clip.low)
         # k3 of the sampler's against the trainer's distribution: 0 when the two engines agree
-        mismatch_T = torch.expm1(log_ratio_T.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)) - log_ratio_T
+        bounded_T = log_ratio_T.clamp(-LOG_RATIO_BOUND, LOG_RATIO_BOUND)
+        mismatch_T = torch.expm1(bounded_T) - bounded_T
         return {
             "actor/mean_ratio": mean_of(ratio_T, mask_T),
             "actor/ratio_max": max_of(ratio_T, mask_T),

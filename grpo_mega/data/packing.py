@@ -53,8 +53,8 @@ def plan_batch(
     pipelines want whole rounds; `length_multiple`: sequence parallelism splits a micro-batch evenly.
     """
     shares = _spread_evenly(lengths, ranks)
-    most = max(sum(lengths[order] for order in share) for share in shares)
-    count = _round_up(max(1, -(-most // max_tokens)), micro_batch_multiple)
+    fewest = max(_fewest_bins([lengths[order] for order in share], max_tokens) for share in shares)
+    count = _round_up(max(1, fewest), micro_batch_multiple)
     while True:
         bins = [_spread_evenly({order: lengths[order] for order in share}, count) for share in shares]
         if all(_fits(bin_, lengths, max_tokens) for rank_bins in bins for bin_ in rank_bins):
@@ -65,6 +65,12 @@ def plan_batch(
         bins=tuple(tuple(tuple(sorted(bin_)) for bin_ in rank_bins) for rank_bins in bins),
         padded_length=_round_up(max(longest, 1), length_multiple),
     )
+
+
+def _fewest_bins(lengths: Sequence[int], max_tokens: int) -> int:
+    """No packing needs fewer: one for each sequence that is too long, and enough for the tokens of the rest."""
+    fitting = [length for length in lengths if length <= max_tokens]
+    return len(lengths) - len(fitting) + -(-sum(fitting) // max_tokens)
 
 
 def _fits(bin_: Sequence[int], lengths: Mapping[int, int], max_tokens: int) -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
 
 import yaml
 
@@ -31,7 +30,7 @@ _YAML_LAW = "a recipe is one YAML document whose top level is a mapping"
 class CoreLoader(yaml.SafeLoader):
     """Decides nothing about scalars: `core_scalar` does."""
 
-    DEFAULT_SCALAR_TAG = _UNTAGGED
+    DEFAULT_SCALAR_TAG = _UNTAGGED  # pyright: ignore[reportGeneralTypeIssues]  # Final in the stubs only
     yaml_implicit_resolvers = {}  # noqa: RUF012 - PyYAML's own class-level registry
 
 
@@ -76,7 +75,7 @@ def read_tree(path: Path, shown_as: str) -> MapNode:
 def parse_yaml(text: str, shown_as: str, *, numbered: bool = True) -> Node | None:
     """One YAML document as a tree, None when it is empty. Without `numbered`, origins carry no line."""
     try:
-        root = cast("yaml.Node | None", yaml.compose(text, CoreLoader))  # pyright: ignore[reportUnknownMemberType]
+        root = yaml.compose(text, CoreLoader)
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f"{shown_as}:{mark.line + 1}" if mark and numbered else shown_as

@@ -88,7 +88,7 @@ def test_a_given_scale_is_used():
 
 
 def test_a_sequence_of_no_tokens_is_passed_over():
-    _check((3, 0, 2, 0))
+    _check((3, 0, 1, 2, 0))  # also beside a one-token sequence, and past the last token
 
 
 def test_packing_reorders_nothing():

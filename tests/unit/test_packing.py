@@ -40,6 +40,15 @@ def test_multiples_by_hand():
     # 8 tokens need two micro-batches; whole rounds of 4 make it four. 2 tokens pad to a multiple of 8.
     plan = plan_batch(dict.fromkeys(range(4), 2), 1, 4, micro_batch_multiple=4, length_multiple=8)
     assert plan == BatchPlan(bins=(((0,), (1,), (2,), (3,)),), padded_length=8)
+    # 15 tokens ask for two of 8, which do not hold three times 5: the next whole round is four
+    plan = plan_batch({0: 5, 1: 5, 2: 5}, 1, 8, micro_batch_multiple=2)
+    assert plan == BatchPlan(bins=(((0,), (1,), (2,), ()),), padded_length=5)
+
+
+def test_ranks_with_equally_many_tokens_get_equally_many_sequences():
+    # 6 | 5 3 | 1 1 to the first, 8 tokens each: the last 1 goes where two sequences are, not three
+    plan = plan_batch({0: 6, 1: 5, 2: 3, 3: 1, 4: 1, 5: 1}, 2, 100)
+    assert plan.bins == (((0, 3, 4),), ((1, 2, 5),))
 
 
 def test_a_long_sequence_is_alone_and_stretches_every_micro_batch():
