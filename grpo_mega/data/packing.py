@@ -68,7 +68,7 @@ def plan_batch(
 
 
 def _fewest_bins(lengths: Sequence[int], max_tokens: int) -> int:
-    """No packing needs fewer: one for each sequence that is too long, and enough for the tokens of the rest."""
+    """No packing needs fewer: one for each sequence that is too long, enough for the tokens of the rest."""
     fitting = [length for length in lengths if length <= max_tokens]
     return len(lengths) - len(fitting) + -(-sum(fitting) // max_tokens)
 
