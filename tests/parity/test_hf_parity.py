@@ -28,20 +28,22 @@ LAYOUTS = {
 }
 
 
-def _reference(directory: Path, sequences: list[TrainSequence]) -> tuple[dict[int, torch.Tensor], float]:
-    """Log-probs of each sequence and the norm of the gradient of the mean response log-likelihood, by
+def _reference(directory: Path, sequences: list[TrainSequence]):
+    """Logits and log-probs of each sequence and the norm of the gradient of the mean response log-likelihood, by
     transformers alone."""
     model = tiny.load_model(directory)
-    logprobs, total = {}, torch.zeros(())
+    logits, logprobs, total = {}, {}, torch.zeros(())
     tokens = sum(s.response_length for s in sequences)
     for s in sequences:
         ids = torch.from_numpy(s.token_ids)
-        lp = torch.log_softmax(model(ids[None]).logits[0].float(), -1)[:-1].gather(-1, ids[1:, None])[:, 0]
+        out = model(ids[None]).logits[0]
+        lp = torch.log_softmax(out, -1)[:-1].gather(-1, ids[1:, None])[:, 0]
+        logits[s.order] = out.detach()
         logprobs[s.order] = lp.detach()
         total = total - lp[s.prompt_length - 1 :].sum() / tokens
     total.backward()
     squares = [float((p.grad.double() ** 2).sum()) for p in model.parameters() if p.grad is not None]
-    return logprobs, math.sqrt(sum(squares))
+    return logits, logprobs, math.sqrt(sum(squares))
 
 
 def _negative_log_likelihood(tokens: int):
@@ -84,10 +86,34 @@ def _compute(directory: Path, layout_options: dict, sequences: list[TrainSequenc
         for order in bin_:
             logprobs[order] = values[start + 1 : start + sequences[order].length]
             start += sequences[order].length
+    logits = _logits(engine, batches, bins, sequences)
     exported = {name: tensor.clone() for name, tensor in stream_hf(engine.chunks, layout, heads_of(hf, 8))}
     tokens = sum(s.response_length for s in sequences)
     _, update = engine.train_step(batches, _negative_log_likelihood(tokens), lr=0.0)
-    return logprobs, update.grad_norm, exported
+    return logprobs, update.grad_norm, exported, logits
+
+
+def _logits(engine, batches, bins, sequences) -> dict[int, torch.Tensor]:
+    """Whole rows of the vocabulary by order, caught where the last stage makes them and gathered over TP."""
+    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+
+    from grpo_mega.engine.model import unwrap
+
+    caught: list[torch.Tensor] = []
+    last = unwrap(engine.chunks[-1])
+    if not last.post_process:
+        engine.logprobs(batches)
+        return {}
+    hook = last.output_layer.register_forward_hook(lambda m, i, out: caught.append(out[0].detach().clone()))
+    engine.logprobs(batches)
+    hook.remove()
+    logits = {}
+    for bin_, shard in zip(bins, caught, strict=True):
+        whole, start = gather_from_tensor_model_parallel_region(shard)[:, 0, : tiny.VOCAB], 0
+        for order in bin_:
+            logits[order] = whole[start : start + sequences[order].length]
+            start += sequences[order].length
+    return logits
 
 
 @pytest.fixture(scope="module")
@@ -111,15 +137,17 @@ def test_mixture_of_experts_equals_transformers(options, models, ranks):
 
 def _check_parity(family, options, models, ranks):
     sequences = tiny.random_sequences(12)
-    expected, expected_norm = _reference(models[family], sequences)
+    expected_logits, expected, expected_norm = _reference(models[family], sequences)
     size = ParallelBlock(**options).world_size
     results = ranks(size).run(_compute, models[family], options, sequences, max_tokens=48)
-    seen = {order: lp for logprobs, _, _ in results for order, lp in logprobs.items()}
+    seen = {order: lp for logprobs, *_ in results for order, lp in logprobs.items()}
+    seen_logits = {order: rows for *_, logits in results for order, rows in logits.items()}
     assert seen.keys() == expected.keys()
     for order, logprobs in expected.items():
+        torch.testing.assert_close(seen_logits[order], expected_logits[order], atol=5e-5, rtol=1e-5)
         torch.testing.assert_close(seen[order], logprobs, atol=2e-5, rtol=1e-5)
     weights = load_file(models[family] / "model.safetensors")
-    for _, norm, exported in results:
+    for _, norm, exported, _ in results:
         assert norm == pytest.approx(expected_norm, rel=1e-5)
         assert exported.keys() == weights.keys()
         for name, tensor in exported.items():
