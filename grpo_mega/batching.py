@@ -26,8 +26,8 @@ def distribute(
         lengths.total,
         layout.dp_size,
         micro_batch_tokens,
-        micro_batch_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
-        length_multiple=layout.tp_size if layout.sequence_parallel else 1,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        length_multiple=layout.length_multiple,
     )
     mine = exchange(sequences, plan.rank_of, layout.dp_rank_of_rank)
     batches = [

@@ -152,13 +152,6 @@ def check_world_size(recipe: Recipe, world_size: int) -> None:
 def check_layout(recipe: Recipe, shape: ModelShape) -> None:
     """Every law that a layout and a model must hold together; the first broken one is raised."""
     parallel = recipe.parallel
-    if parallel.cp > 1:
-        raise UserError(
-            f"parallel.cp = {parallel.cp} is not available yet",
-            where="parallel.cp",
-            law="context parallelism needs an attention that exchanges keys and values between ranks",
-            remedy="set parallel.cp to 1; sequence_parallel and recompute also make room for long sequences",
-        )
     if parallel.ep > 1 and not shape.experts:
         raise UserError(
             f"parallel.ep = {parallel.ep} with a {shape.family} model, which has no experts",

@@ -4,6 +4,7 @@ and returns its results by rank."""
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -22,7 +23,7 @@ def free_port() -> int:
 
 
 class RankPool:
-    """`size` processes joined by gloo."""
+    """`size` processes. They meet anew for each function: groups that were kept would keep their threads."""
 
     def __init__(self, size: int):
         self.size = size
@@ -30,12 +31,11 @@ class RankPool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        port = free_port()
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, port, theirs), daemon=False)
+            process = context.Process(target=_serve, args=(rank, self.size, theirs), daemon=False)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -43,8 +43,9 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Raises AssertionError with every failed rank's traceback; the pool is then new."""
+        port = free_port()
         for pipe in self._pipes:
-            pipe.send((function, args, kwargs))
+            pipe.send((port, function, args, kwargs))
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
@@ -79,24 +80,40 @@ class RankPool:
             pipe.close()
 
 
-def _serve(rank: int, size: int, port: int, pipe: Connection) -> None:
-    os.environ.update(
-        RANK=str(rank),
-        LOCAL_RANK=str(rank),
-        WORLD_SIZE=str(size),
-        MASTER_ADDR="127.0.0.1",
-        MASTER_PORT=str(port),
-    )
+def _serve(rank: int, size: int, pipe: Connection) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1")
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
+    from grpo_mega.launch import die_with_parent
+
     torch.set_num_threads(1)
+    die_with_parent()
     while True:
         try:
-            function, args, kwargs = pipe.recv()
+            port, function, args, kwargs = pipe.recv()
         except EOFError:
             return
+        os.environ["MASTER_PORT"] = str(port)
         try:
-            pipe.send((True, function(*args, **kwargs)))
+            answer = True, function(*args, **kwargs)
         except BaseException:
-            pipe.send((False, traceback.format_exc()))
+            answer = False, traceback.format_exc()
+        if answer[0]:  # a failed pool is replaced; leaving a group others wait in could hang
+            _leave_groups()
+        pipe.send(answer)
+
+
+def _leave_groups() -> None:
+    """Megatron's wrappers and their gradient hooks hold each other where Python's collector cannot see. Left
+    alone, each engine of the session would keep its process groups, and each of those its threads."""
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+
+    from grpo_mega.engine.parallel import shutdown
+
+    for item in gc.get_objects():
+        if isinstance(item, DistributedDataParallel | MegatronOptimizer):
+            vars(item).clear()
+    shutdown()
+    gc.collect()

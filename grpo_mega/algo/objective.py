@@ -10,6 +10,7 @@ micro-batches of an update.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from grpo_mega.recipe.blocks import ClipObjective, LossBlock
 
 LOG_RATIO_BOUND = 10.0  # exp(10) = 22,026: beyond it float32 ratios only carry noise
 RATIO_BOUNDS = (1e-4, 1e4)
+CLAMPED_BEYOND = min(LOG_RATIO_BOUND, math.log(RATIO_BOUNDS[1]))  # 9.21: the tighter of the two
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +90,9 @@ class PolicyLoss:
         policy_T = self._clipped(ratio_T, advantages_T)
         loss_T = policy_T
         metrics = self._metrics(ratio_T, log_ratio_T, advantages_T, policy_T, trainer_logprobs_T, mask_T)
-        if self.config.kl.coef and reference_logprobs_T is not None:
+        if self.config.kl.coef:
+            if reference_logprobs_T is None:
+                raise ValueError("kl.coef is above 0: the KL penalty needs reference_logprobs_T")
             kl_T = kl_penalty(trainer_logprobs_T, reference_logprobs_T, self.config.kl.estimator)
             loss_T = loss_T + self.config.kl.coef * kl_T
             metrics["actor/kl_penalty"] = mean_of(kl_T, mask_T)
@@ -142,9 +146,7 @@ class PolicyLoss:
             "actor/ratio_min": min_of(ratio_T, mask_T),
             "actor/log_ratio_abs_mean": mean_of(log_ratio_T.abs(), mask_T),
             "actor/log_ratio_abs_max": max_of(log_ratio_T.abs(), mask_T),
-            "actor/log_ratio_clamped_fraction": mean_of(
-                (log_ratio_T.abs() > LOG_RATIO_BOUND).float(), mask_T
-            ),
+            "actor/log_ratio_clamped_fraction": mean_of((log_ratio_T.abs() > CLAMPED_BEYOND).float(), mask_T),
             "actor/clip_fraction": mean_of((above_T | below_T).float(), mask_T),
             "actor/clip_fraction_lower": mean_of(lower_T.float(), mask_T),
             "actor/mean_advantage": mean_of(advantages_T, mask_T),

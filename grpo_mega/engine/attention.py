@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer import TransformerConfig
 
 
@@ -20,21 +21,29 @@ class PackedSequences(PackedSeqParams):
     """Where the sequences of a packed micro-batch lie, prepared once and used by every layer.
 
     Sequences are grouped into buckets whose longest is at most twice their shortest, so that each bucket is
-    one dense attention call that wastes less than half of its work. Megatron carries this object to the core
-    attention (and into recomputation), and leaves the tensors alone because `qkv_format` is not "thd".
+    one dense attention call whose padding is less than half of its tokens. Megatron carries this object to
+    the core attention (and into recomputation), and leaves the tensors alone as `qkv_format` is not "thd".
+
+    Under context parallelism this rank has the queries [first, first + count) and, gathered, all keys. Only
+    the sequence that began on an earlier rank then has fewer queries than keys: it is the straddling one.
     """
 
-    bucket_rows_BS: list[torch.Tensor] = field(default_factory=list)
+    first: int = 0
+    bucket_rows_BS: list[torch.Tensor] = field(default_factory=list)  # of keys; queries stand `first` earlier
+    straddling: tuple[int, int] | None = None  # its first key and the end of its queries and keys
     restore_T: torch.Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.int64))
 
     @classmethod
-    def from_cu_seqlens(cls, cu_seqlens: torch.Tensor) -> PackedSequences:
-        starts = cu_seqlens[:-1].to("cpu", torch.int64)
-        lengths = cu_seqlens[1:].to("cpu", torch.int64) - starts
-        bucket_of = torch.ceil(torch.log2(lengths.clamp(min=1).double())).to(torch.int64)
-        total = int(cu_seqlens[-1])
-        restore_T = torch.empty(total, dtype=torch.int64)
+    def from_cu_seqlens(
+        cls, cu_seqlens: torch.Tensor, first: int = 0, count: int | None = None
+    ) -> PackedSequences:
+        boundaries = cu_seqlens.to("cpu", torch.int64)
+        count = int(boundaries[-1]) if count is None else count
+        starts, ends = boundaries[:-1], boundaries[1:].clamp(max=first + count)
+        lengths = (ends - starts).where(starts >= first, 0).clamp(min=0)  # of what begins here
+        restore_T = torch.empty(count, dtype=torch.int64)
         rows, offset = [], 0
+        bucket_of = torch.ceil(torch.log2(lengths.clamp(min=1).double())).to(torch.int64)
         for bucket in bucket_of[lengths > 0].unique().tolist():
             chosen = ((bucket_of == bucket) & (lengths > 0)).nonzero()[:, 0]
             column_S = torch.arange(int(lengths[chosen].max()))
@@ -44,16 +53,22 @@ class PackedSequences(PackedSeqParams):
             rows_BS = starts[chosen][:, None] + torch.where(real_BS, column_S[None], 0)
             rows.append(rows_BS.to(cu_seqlens.device))
             flat_BS = offset + torch.arange(rows_BS.numel()).view_as(rows_BS)
-            restore_T[rows_BS[real_BS]] = flat_BS[real_BS]
+            restore_T[rows_BS[real_BS] - first] = flat_BS[real_BS]
             offset += rows_BS.numel()
-        longest = int(lengths.max()) if lengths.numel() else 0
+        straddling = None
+        for index in ((starts < first) & (ends > first)).nonzero()[:, 0].tolist():
+            straddling = int(starts[index]), int(ends[index])
+            restore_T[: straddling[1] - first] = offset + torch.arange(straddling[1] - first)
+        longest = int(boundaries.diff().max()) if boundaries.numel() > 1 else 0
         return cls(
             qkv_format="sbhd",
             cu_seqlens_q=cu_seqlens,
             cu_seqlens_kv=cu_seqlens,
             max_seqlen_q=longest,
             max_seqlen_kv=longest,
+            first=first,
             bucket_rows_BS=rows,
+            straddling=straddling,
             restore_T=restore_T.to(cu_seqlens.device),
         )
 
@@ -69,12 +84,14 @@ class PackedCausalAttention(torch.nn.Module):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: Any = None,
         **_: Any,
     ):
         super().__init__()
         dropout = config.attention_dropout if attention_dropout is None else attention_dropout
         assert dropout == 0.0, "grpo_mega trains without dropout: the sampler has none"
         self.scale = softmax_scale
+        self.cp_group = pg_collection.cp if config.context_parallel_size > 1 else None
 
     def forward(
         self,
@@ -87,24 +104,47 @@ class PackedCausalAttention(torch.nn.Module):
         packed_seq_params: PackedSequences | None = None,
     ) -> torch.Tensor:
         assert packed_seq_params is not None and attention_mask is None and attention_bias is None
-        tokens = query.shape[0]
+        sequences, tokens = packed_seq_params, query.shape[0]
+        query, key, value = query[:, 0], key[:, 0], value[:, 0]
+        if self.cp_group is not None:  # backward: each rank's part of the sum over ranks
+            key = gather_from_sequence_parallel_region(key, group=self.cp_group)
+            value = gather_from_sequence_parallel_region(value, group=self.cp_group)
         outputs = []
-        for rows_BS in packed_seq_params.bucket_rows_BS:
-            q, k, v = (
-                x[:, 0].index_select(0, rows_BS.flatten()).unflatten(0, rows_BS.shape)
-                for x in (query, key, value)
+        for rows_BS in sequences.bucket_rows_BS:
+            q_BSND, k_BSKD, v_BSKD = (
+                x.index_select(0, rows.flatten()).unflatten(0, rows.shape)
+                for x, rows in ((query, rows_BS - sequences.first), (key, rows_BS), (value, rows_BS))
             )
-            out_BNSD = F.scaled_dot_product_attention(
-                q.transpose(1, 2),
-                k.transpose(1, 2),
-                v.transpose(1, 2),
-                is_causal=True,
-                scale=self.scale,
-                enable_gqa=q.shape[2] != k.shape[2],
+            outputs.append(self._attend(q_BSND, k_BSKD, v_BSKD, None))
+        if sequences.straddling is not None:
+            start, end = sequences.straddling
+            here = torch.arange(sequences.first, end, device=query.device)
+            visible = torch.arange(start, end, device=query.device)[None] <= here[:, None]
+            mine = slice(0, end - sequences.first)
+            outputs.append(
+                self._attend(query[None, mine], key[None, start:end], value[None, start:end], visible)
             )
-            outputs.append(out_BNSD.transpose(1, 2).reshape(rows_BS.numel(), -1))
-        packed = torch.cat(outputs).index_select(0, packed_seq_params.restore_T)
+        packed = torch.cat(outputs).index_select(0, sequences.restore_T)
         return packed.view(tokens, 1, -1)
+
+    def _attend(
+        self,
+        q_BSND: torch.Tensor,
+        k_BSKD: torch.Tensor,
+        v_BSKD: torch.Tensor,
+        visible: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """[B x S, N x D]; causal unless told which keys each query sees."""
+        out_BNSD = F.scaled_dot_product_attention(
+            q_BSND.transpose(1, 2),
+            k_BSKD.transpose(1, 2),
+            v_BSKD.transpose(1, 2),
+            attn_mask=visible,
+            is_causal=visible is None,
+            scale=self.scale,
+            enable_gqa=q_BSND.shape[2] != k_BSKD.shape[2],
+        )
+        return out_BNSD.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
 class RMSNorm(torch.nn.Module):

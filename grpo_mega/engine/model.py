@@ -19,6 +19,7 @@ from megatron.core.tensor_parallel import (
     ColumnParallelLinear,
     RowParallelLinear,
     VocabParallelEmbedding,
+    gather_from_sequence_parallel_region,
     set_tensor_model_parallel_attributes,
 )
 from megatron.core.transformer import TransformerConfig
@@ -52,14 +53,17 @@ class PolicyModel(GPTModel):
     def forward(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
         """Hidden states [T, 1, H], or on the last stage [2, T] float32: log-probability of `targets_T`,
         entropy."""
+        here = self._slice_of_this_rank(batch)
         embedded = None
         if self.pre_process:
-            embedded = self.embedding(input_ids=batch.tokens_T[None], position_ids=batch.positions_T[None])
+            embedded = self.embedding(
+                input_ids=batch.tokens_T[None, here], position_ids=batch.positions_T[None, here]
+            )
         hidden = self.decoder(
             hidden_states=embedded,
             attention_mask=None,
-            rotary_pos_emb=self._rotary(batch),
-            packed_seq_params=self._sequences(batch),
+            rotary_pos_emb=self._rotary(batch, here),
+            packed_seq_params=self._sequences(batch, here),
         )
         if not self.post_process:
             return hidden
@@ -68,21 +72,36 @@ class PolicyModel(GPTModel):
         )
         logits, _ = self.output_layer(hidden, weight=weight)
         logprob_T, entropy_T = vocab_parallel_logprob(
-            logits[:, 0], batch.targets_T, temperature, self.real_vocab, self.pg_collection.tp
+            logits[:, 0], batch.targets_T[here], temperature, self.real_vocab, self.pg_collection.tp
         )
-        return torch.stack([logprob_T, entropy_T])
+        outputs = torch.stack([logprob_T, entropy_T])
+        if self.config.context_parallel_size == 1:
+            return outputs
+        # Two numbers a token: every rank gets them all and computes the whole loss, of whose gradient it
+        # then keeps its own tokens' part.
+        return gather_from_sequence_parallel_region(
+            outputs.t().contiguous(), tensor_parallel_output_grad=False, group=self.pg_collection.cp
+        ).t()
 
-    def _rotary(self, batch: PackedBatch) -> torch.Tensor:
+    def _slice_of_this_rank(self, batch: PackedBatch) -> slice:
+        """Context parallelism cuts the packed tokens, wherever sequences begin or end."""
+        size = batch.tokens_T.shape[0] // self.config.context_parallel_size
+        rank = self.pg_collection.cp.rank() if self.config.context_parallel_size > 1 else 0
+        return slice(rank * size, (rank + 1) * size)
+
+    def _rotary(self, batch: PackedBatch, here: slice) -> torch.Tensor:
         """Angles: for every token its own (local attention), or for every position (Transformer Engine's thd
         kernels)."""
         inv_freq = self.rope_inv_freq = self.rope_inv_freq.to(batch.positions_T.device)
-        positions = torch.arange(batch.max_seqlen, device=inv_freq.device) if self.thd else batch.positions_T
+        positions = (
+            torch.arange(batch.max_seqlen, device=inv_freq.device) if self.thd else batch.positions_T[here]
+        )
         angles = positions.float()[:, None] * inv_freq[None]
         return torch.cat([angles, angles], dim=-1)[:, None, None, :]
 
-    def _sequences(self, batch: PackedBatch) -> PackedSeqParams:
+    def _sequences(self, batch: PackedBatch, here: slice) -> PackedSeqParams:
         if not self.thd:
-            return PackedSequences.from_cu_seqlens(batch.cu_seqlens)
+            return PackedSequences.from_cu_seqlens(batch.cu_seqlens, here.start, here.stop - here.start)
         return PackedSeqParams(
             qkv_format="thd",
             cu_seqlens_q=batch.cu_seqlens,
@@ -116,7 +135,7 @@ def transformer_config(hf: PretrainedConfig, block: ModelBlock, layout: Layout) 
     heads = hf.num_attention_heads
     family = hf.model_type
     bf16 = block.dtype == "bfloat16"
-    local = not uses_transformer_engine(block)
+    local = not uses_transformer_engine(block, layout)
     interleaved = layout.vpp_size > 1
     return TransformerConfig(
         num_layers=hf.num_hidden_layers,
@@ -140,6 +159,7 @@ def transformer_config(hf: PretrainedConfig, block: ModelBlock, layout: Layout) 
         tensor_model_parallel_size=layout.tp_size,
         pipeline_model_parallel_size=layout.pp_size,
         virtual_pipeline_model_parallel_size=layout.vpp_size if interleaved else None,
+        context_parallel_size=layout.cp_size,
         expert_model_parallel_size=layout.ep_size,
         sequence_parallel=layout.sequence_parallel,
         # Batched point-to-point calls corrupt gradients silently under interleaving at pp = 2.
@@ -183,7 +203,9 @@ def _mixture_of_experts(hf: PretrainedConfig) -> dict[str, Any]:
     }
 
 
-def uses_transformer_engine(block: ModelBlock) -> bool:
+def uses_transformer_engine(block: ModelBlock, layout: Layout) -> bool:
+    if layout.cp_size > 1:  # a law of the recipe: context parallelism is the local attention's
+        return False
     if block.attention == "transformer_engine" and not transformer_engine_available():
         raise UserError(
             "model.attention is transformer_engine, which cannot be used here",
@@ -240,7 +262,7 @@ def build_chunks(
     """This rank's pipeline chunks (one, or vpp of them), on its device, with uninitialised weights."""
     check_supported(hf)
     config = transformer_config(hf, block, layout)
-    use_te = uses_transformer_engine(block)
+    use_te = uses_transformer_engine(block, layout)
     inv_freq = rope_inv_freq(hf)
     chunks: list[torch.nn.Module] = []
     for index in range(layout.vpp_size):

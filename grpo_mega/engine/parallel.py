@@ -32,16 +32,28 @@ class Layout:
     pp_rank: int
     pp_size: int
     vpp_size: int
+    cp_rank: int
+    cp_size: int
     dp_rank: int
     dp_size: int
     ep_rank: int
     ep_size: int
-    sequence_parallel: bool
+    sequence_parallel: bool  # activations between tensor-parallel regions split over tp
     tp_group: dist.ProcessGroup
     pp_group: dist.ProcessGroup
     dp_group: dist.ProcessGroup
     ep_group: dist.ProcessGroup
     dp_rank_of_rank: tuple[int, ...]  # for every rank of the world
+
+    @property
+    def length_multiple(self) -> int:
+        """Micro-batches of a multiple of this split evenly over context and sequence parallel ranks."""
+        return self.cp_size * (self.tp_size if self.sequence_parallel else 1)
+
+    @property
+    def micro_batch_multiple(self) -> int:
+        """Interleaved pipelines want whole rounds of micro-batches."""
+        return self.pp_size if self.vpp_size > 1 else 1
 
     @property
     def is_last_stage(self) -> bool:
@@ -82,6 +94,8 @@ def initialize_layout(parallel: ParallelBlock, seed: int) -> Layout:
         pp_rank=parallel_state.get_pipeline_model_parallel_rank(),
         pp_size=parallel.pp,
         vpp_size=parallel.vpp,
+        cp_rank=parallel_state.get_context_parallel_rank(),
+        cp_size=parallel.cp,
         dp_rank=parallel_state.get_data_parallel_rank(),
         dp_size=parallel_state.get_data_parallel_world_size(),
         ep_rank=parallel_state.get_expert_model_parallel_rank(),

@@ -62,7 +62,7 @@ class ModelBlock(Block):
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
     """Of parameters and activations; the optimizer and every log-probability are float32 all the same."""
     attention: Literal["auto", "local", "transformer_engine"] = "auto"
-    """auto: Transformer Engine where it is importable and there is a GPU, else torch's scaled dot product."""
+    """auto: Transformer Engine where it is importable on a GPU and cp is 1, else torch's own."""
     recompute: Literal["none", "selective", "full"] = "none"
     """Activations recomputed in the backward pass: memory for time."""
     vocab_multiple: Positive = 128

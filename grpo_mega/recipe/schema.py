@@ -85,6 +85,15 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def context_parallelism_is_local_attentions(self) -> Recipe:
+        if self.parallel.cp > 1 and self.model.attention == "transformer_engine":
+            raise ValueError(
+                f"parallel.cp ({self.parallel.cp}) is computed by the local attention: "
+                "model.attention must be local or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
     def grpo_needs_samples_that_differ(self) -> Recipe:
         if not any(stage.grpo for stage in self.stages):
             return self

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from grpo_mega.recipe.blocks import ParallelBlock
 from tests import tiny
 
 LAYOUTS = {
@@ -14,6 +15,8 @@ LAYOUTS = {
     "pp2-vpp2": {"pp": 2, "vpp": 2},
     "tp2-pp2": {"tp": 2, "pp": 2},
     "dp2-pp2": {"dp": 2, "pp": 2},
+    "cp2": {"cp": 2},
+    "cp2-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
 }
 
 
@@ -36,8 +39,9 @@ def test_the_run_has_something_to_compare(single):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_same_numbers_on_every_layout(layout, single, ranks, tmp_path):
     parallel = LAYOUTS[layout]
-    size = parallel.get("tp", 1) * parallel.get("pp", 1) * parallel.get("dp", 1)
-    ranks(size).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, parallel=parallel))
+    ranks(ParallelBlock(**parallel).world_size).run(
+        tiny.train_on_pool, tiny.recipe_dict(tmp_path, parallel=parallel)
+    )
     _assert_close(tiny.metrics_of(tmp_path), single)
 
 

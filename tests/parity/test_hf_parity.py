@@ -25,12 +25,17 @@ LAYOUTS = {
     "tp2-pp2-sp-vpp2": {"tp": 2, "pp": 2, "vpp": 2, "sequence_parallel": True},
     "pp4": {"pp": 4},
     "dp2-tp2": {"dp": 2, "tp": 2},
+    "cp2": {"cp": 2},
+    "cp4": {"cp": 4},
+    "cp2-tp2-sp": {"cp": 2, "tp": 2, "sequence_parallel": True},
+    "cp2-pp2-vpp2": {"cp": 2, "pp": 2, "vpp": 2},
+    "cp2-dp2": {"cp": 2, "dp": 2},
 }
 
 
 def _reference(directory: Path, sequences: list[TrainSequence]):
-    """Logits and log-probs of each sequence and the norm of the gradient of the mean response log-likelihood, by
-    transformers alone."""
+    """By transformers alone: each sequence's logits and log-probs, and the norm of the gradient of the mean
+    response log-likelihood."""
     model = tiny.load_model(directory)
     logits, logprobs, total = {}, {}, torch.zeros(())
     tokens = sum(s.response_length for s in sequences)
@@ -75,8 +80,8 @@ def _compute(directory: Path, layout_options: dict, sequences: list[TrainSequenc
         {s.order: s.length for s in sequences},
         layout.dp_size,
         max_tokens,
-        micro_batch_multiple=layout.pp_size if layout.vpp_size > 1 else 1,
-        length_multiple=layout.tp_size,
+        micro_batch_multiple=layout.micro_batch_multiple,
+        length_multiple=layout.length_multiple,
     )
     bins = plan.bins[layout.dp_rank]
     batches = [pack([sequences[order] for order in bin_], plan.padded_length, device()) for bin_ in bins]
@@ -95,7 +100,10 @@ def _compute(directory: Path, layout_options: dict, sequences: list[TrainSequenc
 
 def _logits(engine, batches, bins, sequences) -> dict[int, torch.Tensor]:
     """Whole rows of the vocabulary by order, caught where the last stage makes them and gathered over TP."""
-    from megatron.core.tensor_parallel import gather_from_tensor_model_parallel_region
+    from megatron.core.tensor_parallel import (
+        gather_from_sequence_parallel_region,
+        gather_from_tensor_model_parallel_region,
+    )
 
     from grpo_mega.engine.model import unwrap
 
@@ -109,7 +117,8 @@ def _logits(engine, batches, bins, sequences) -> dict[int, torch.Tensor]:
     hook.remove()
     logits = {}
     for bin_, shard in zip(bins, caught, strict=True):
-        whole, start = gather_from_tensor_model_parallel_region(shard)[:, 0, : tiny.VOCAB], 0
+        tokens = gather_from_sequence_parallel_region(shard, group=last.pg_collection.cp)
+        whole, start = gather_from_tensor_model_parallel_region(tokens)[:, 0, : tiny.VOCAB], 0
         for order in bin_:
             logits[order] = whole[start : start + sequences[order].length]
             start += sequences[order].length
@@ -129,7 +138,9 @@ def test_policy_equals_transformers(family, layout, models, ranks):
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}], ids=str
+    "options",
+    [{}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}, {"cp": 2, "ep": 2}],
+    ids=str,
 )
 def test_mixture_of_experts_equals_transformers(options, models, ranks):
     _check_parity("qwen3_moe", options, models, ranks)

@@ -150,8 +150,8 @@ def test_overwrite_keeps_what_the_run_reads(tmp_path: Path):
 def test_a_layout_that_breaks_a_law_starts_nothing(
     recipe: Path, calls: list[tuple[object, ...]], command: str
 ):
-    with pytest.raises(UserError, match=r"parallel\.cp"):
-        invoke(command, recipe, "parallel.cp=2")
+    with pytest.raises(UserError, match=r"parallel\.ep"):
+        invoke(command, recipe, "parallel.ep=2", "parallel.dp=2")
     assert calls == [] and not (recipe.parent / "run").exists()
 
 

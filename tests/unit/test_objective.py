@@ -378,10 +378,10 @@ def test_norm_length_has_a_default_and_must_come_from_somewhere():
 
 
 def test_the_log_ratio_is_guarded_and_counted():
-    # exp(12) -> exp(10) = 22,026 -> 1e4; exp(-12) -> exp(-10) = 4.5e-5 -> 1e-4; two of four tokens counted
+    # exp(12) -> exp(10) = 22,026 -> 1e4; exp(-12) -> exp(-10) = 4.5e-5 -> 1e-4; exp(9.5) is beyond 1e4 too
     ratios = [math.exp(12.0), math.exp(-12.0), 1.0, math.exp(9.5)]
     loss, gradient, metrics = _tokens(ratios, [-1.0] * 4, [1] * 4, objective=_clip(dual=None))
-    assert metrics["actor/log_ratio_clamped_fraction"] == 0.5
+    assert metrics["actor/log_ratio_clamped_fraction"] == 0.75  # all but the ratio of 1
     assert metrics["actor/log_ratio_abs_max"] == pytest.approx(12.0)  # as it was before the guard
     assert metrics["actor/ratio_max"] == pytest.approx(1e4)
     assert metrics["actor/ratio_min"] == pytest.approx(1e-4)

@@ -167,7 +167,6 @@ def test_a_large_layout_is_cut_and_says_so() -> None:
         ({"pp": 2, "vpp": 4}, SHAPE, "parallel.vpp"),
         ({"dp": 3, "ep": 3}, MOE, "parallel.ep"),
         ({"dp": 2, "ep": 2}, SHAPE, "parallel.ep"),
-        ({"cp": 2}, SHAPE, "parallel.cp"),
     ],
 )
 def test_a_layout_that_breaks_a_law_is_refused(layout: dict[str, int], shape: ModelShape, key: str) -> None:
