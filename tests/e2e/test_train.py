@@ -105,9 +105,16 @@ def test_interrupted_nothing_is_left_and_resume_goes_on(finished: tuple[Path, st
     """Ctrl-C after the first checkpoint; resumed, the run ends with the numbers of the undisturbed one."""
     recipe = _recipe_file(tmp_path, parallel={"dp": 2}, checkpoint={"every": 3})
     process = subprocess.Popen(
-        _command("train", recipe), cwd=ROOT, env=_environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True, start_new_session=True,
-    )  # fmt: skip
+        _command("train", recipe),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        # A background shell that ignores SIGINT passes that on; a person's terminal does not.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     family = psutil.Process(process.pid)
     latest = tmp_path / "run" / "checkpoints" / "latest"
     deadline = time.monotonic() + LONGEST_SECONDS
