@@ -77,10 +77,10 @@ class Trainer:
         self.parts.sync_weights()
         if self.recipe.eval.at_start and self.state.step == 0:
             self._evaluate(stages[0].kind)
-        while self.state.stage_index < len(stages):
-            self._run_stage(stages[self.state.stage_index])
-            self.state = replace(self.state, stage_index=self.state.stage_index + 1, stage_step=0)
-            self._save()
+        for index in range(self.state.stage_index, len(stages)):
+            if index > self.state.stage_index:
+                self.state = replace(self.state, stage_index=index, stage_step=0)
+            self._run_stage(stages[index])
 
     def _run_stage(self, stage: Stage) -> None:
         total = steps_of(self.recipe, stage)
@@ -100,7 +100,7 @@ class Trainer:
                 self.state = replace(self.state, step=self.state.step + 1, stage_step=step + 1)
                 self._report(stage.kind, metrics)
                 self._evaluate_if_due(stage, last=step + 1 == total)
-                if self._checkpoint_is_due() and step + 1 < total:  # the stage's end saves too
+                if step + 1 == total or self._checkpoint_is_due():
                     self._save()
 
     def _report(self, kind: str, metrics: dict[str, float]) -> None:

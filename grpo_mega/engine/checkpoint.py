@@ -29,7 +29,7 @@ class RunState:
     """Where a run stands: everything else it needs follows from its recipe, its seed and these numbers.
 
     Example: RunState(step=180, stage_index=1, stage_step=30): 30 steps of the second stage are done, 180 in
-    all.
+    all. At a stage's end stage_step is its length: given more steps, a finished run goes on.
     """
 
     step: int

@@ -97,3 +97,21 @@ def test_adam_counts_each_update_once_after_a_load(ranks, tmp_path):
     tiny.save_model("qwen2", tmp_path / "model")
     for steps in ranks(2).run(_optimizer_steps_after_reload, tmp_path):
         assert steps == {5.0}
+
+
+def test_a_finished_run_given_more_steps_is_the_longer_run(ranks, tmp_path):
+    short, long = (
+        tiny.recipe_dict(
+            tmp_path / name,
+            stages=[{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": steps}}],
+            eval={"every": 0},
+        )
+        for name, steps in (("short", 3), ("long", 5))
+    )
+    ranks(1).run(tiny.train_on_pool, long)
+    ranks(1).run(tiny.train_on_pool, short)
+    longer = {**short, "stages": long["stages"]}
+    ranks(1).run(tiny.train_on_pool, longer, resume=True)
+    extended, whole = (tiny.metrics_of(tmp_path / name) for name in ("short", "long"))
+    trained = [[line for line in lines if "actor/lr" in line] for lines in (extended, whole)]
+    assert trained[0] == trained[1]
