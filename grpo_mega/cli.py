@@ -13,6 +13,7 @@ from typing import Annotated, Literal, NoReturn
 import typer
 
 from grpo_mega import launch
+from grpo_mega.algo.innovations import check_known
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape, local_model_directory
 from grpo_mega.plan import check_layout, check_world_size, make_plan, render_plan
@@ -182,6 +183,7 @@ def report(run: RunPath) -> None:
 
 def check_recipe(recipe: Recipe) -> None:
     """The laws that need more than the recipe: the model it names and the processes that are there."""
+    check_known(recipe.loss.innovations)
     check_layout(recipe, shape_of(recipe))
     if launch.inside_launcher():
         check_world_size(recipe, int(os.environ["WORLD_SIZE"]))

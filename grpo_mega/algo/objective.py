@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from grpo_mega.algo.innovations import check_known
 from grpo_mega.monitor.metrics import Metric, Metrics, max_of, mean_of, min_of
 from grpo_mega.recipe.blocks import ClipObjective, LossBlock
 
@@ -55,6 +56,7 @@ class PolicyLoss:
 
     def __init__(self, config: LossBlock | Mapping[str, Any], *, default_norm_length: int | None = None):
         self.config = config if isinstance(config, LossBlock) else LossBlock.model_validate(config)
+        check_known(self.config.innovations)
         self.clip = (self.config.objective and self.config.objective.clip) or ClipObjective()
         self.norm_length = self.config.norm_length or default_norm_length
         if self.config.aggregate == "seq-mean-token-sum-norm" and self.norm_length is None:

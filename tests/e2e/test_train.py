@@ -136,6 +136,7 @@ def test_interrupted_nothing_is_left_and_resume_goes_on(finished: tuple[Path, st
 
 USER_MISTAKES = {
     "a typo": (["rollout.group_sise=4"], "group_size"),
+    "an innovation that is not there": (["loss.innovations.emma={}"], "emma"),
     "heads over tp": (["parallel.tp=3", "parallel.dp=1"], "parallel.tp"),
     "missing model": (["model.hf=/nowhere/model"], "/nowhere/model"),
     "missing file": (
