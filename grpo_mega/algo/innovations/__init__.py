@@ -1,4 +1,4 @@
-"""Token-level weightings: one file each, and the folder is the registry. No torch here: the CLI asks it too."""
+"""Token-level weightings: one file each; the folder is the registry. No torch here: the CLI asks it too."""
 
 from __future__ import annotations
 
