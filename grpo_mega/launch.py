@@ -34,6 +34,7 @@ from typing import NoReturn
 import psutil
 
 from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError
+from grpo_mega.lifetime import die_with_parent
 from grpo_mega.monitor.console import print_error, print_plain
 
 CRASH_EXIT_CODE = 1
@@ -45,7 +46,6 @@ _PARENT = "GRPO_MEGA_LAUNCH_PARENT"
 _TORCHRUN_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 _STALE_CLAIM_SECONDS = 60
 _STARTED = time.time()
-_PR_SET_PDEATHSIG = 1
 
 _LOST_PEER = re.compile(r"gloo|NCCL|Connection (closed|reset) by peer|Broken pipe", re.IGNORECASE)
 _SIGNAL_HINTS = {
@@ -129,27 +129,6 @@ def guarded(body: Callable[[], int]) -> int:
     if code == 0 and _FOLDER in os.environ:
         _note("done").touch()
     return code
-
-
-def die_with_parent(parent: int | None = None) -> None:
-    """End this process when its parent is gone, even by SIGKILL. For ranks, and for helpers they start.
-
-    `parent` is the process id expected: it may be gone before this call, which is then the end.
-    """
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    else:
-        threading.Thread(target=_watch_parent, args=(os.getppid(),), daemon=True).start()
-    if parent is not None and os.getppid() != parent:
-        os._exit(CRASH_EXIT_CODE)
-
-
-def _watch_parent(parent: int) -> None:
-    while os.getppid() == parent:
-        time.sleep(0.5)
-    os._exit(CRASH_EXIT_CODE)
 
 
 def _enter_worker() -> None:

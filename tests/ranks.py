@@ -85,7 +85,7 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     import torch
 
-    from grpo_mega.launch import die_with_parent
+    from grpo_mega.lifetime import die_with_parent
 
     torch.set_num_threads(1)
     die_with_parent()

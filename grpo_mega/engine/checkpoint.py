@@ -8,20 +8,24 @@ all
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 from dataclasses import asdict, dataclass
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any, cast
 
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.strategies import filesystem_async
 
 from grpo_mega.engine.model import unwrap
 from grpo_mega.engine.optimizer import allocate_state
 from grpo_mega.engine.parallel import checkpoint_metadata
 from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.errors import UserError
+from grpo_mega.lifetime import die_with_parent
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +48,7 @@ def save_checkpoint(engine: PolicyEngine, directory: Path, state: RunState, keep
         shutil.rmtree(target, ignore_errors=True)
         target.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_state(engine, is_loading=False), str(target))
+    _save(_sharded_state(engine, is_loading=False), target)
     if dist.get_rank() == 0:
         (target / "state.json").write_text(json.dumps(asdict(state)))
         _write_atomically(directory / "latest", target.name)
@@ -72,13 +76,23 @@ def save_weights(engine: PolicyEngine, directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
         directory.mkdir(parents=True)
     dist.barrier()
-    dist_checkpointing.save(_sharded_models(engine), str(directory))
+    _save(_sharded_models(engine), directory)
 
 
 def load_weights(engine: PolicyEngine, directory: Path) -> None:
     """The weights of any checkpoint, without its optimizer. A collective."""
     _take_weights(engine, _load(_sharded_models(engine), directory))
     engine.weights_changed()
+
+
+def _save(sharded: dict[str, Any], directory: Path) -> None:
+    """Megatron's writer starts a helper process that it would leave behind when a rank is killed: ours ends
+    with the rank."""
+    if filesystem_async._results_queue is None:
+        helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
+        helper.start(die_with_parent, (os.getpid(),))
+        filesystem_async._results_queue = helper.Queue()
+    dist_checkpointing.save(sharded, str(directory))
 
 
 def _load(sharded: dict[str, Any], directory: Path) -> dict[str, Any]:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "grpo_mega"
 
 # Lowest first. A unit imports itself and any unit of a lower layer.
 LAYERS = (
-    ("errors",),
+    ("errors", "lifetime"),
     ("types", "recipe"),
     ("model_shape",),
     ("plan",),

@@ -134,6 +134,29 @@ def test_interrupted_nothing_is_left_and_resume_goes_on(finished: tuple[Path, st
     assert tiny.metrics_of(tmp_path / "run") == tiny.metrics_of(finished[0] / "run")
 
 
+def test_a_killed_run_leaves_no_helper_behind(tmp_path: Path):
+    """SIGKILL after a checkpoint, whose writer has a process of its own."""
+    process = subprocess.Popen(
+        _command("train", _recipe_file(tmp_path, checkpoint={"every": 1})),
+        cwd=ROOT,
+        env=_environment(),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    deadline = time.monotonic() + LONGEST_SECONDS
+    while not latest.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.05)
+    helpers = psutil.Process(process.pid).children(recursive=True)
+    assert helpers
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(helpers, timeout=30)
+    assert not alive
+
+
 USER_MISTAKES = {
     "a typo": (["rollout.group_sise=4"], "group_size"),
     "an innovation that is not there": (["loss.innovations.emma={}"], "emma"),
