@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from grpo_mega.algo.objective import Denominators
+from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.data.packing import pack, plan_batch
 from grpo_mega.engine.device import device
 from grpo_mega.engine.exchange import exchange, gather_lengths

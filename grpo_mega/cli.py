@@ -12,8 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from grpo_mega import launch
-from grpo_mega.algo.innovations import check_known
+from grpo_mega import launch, loss_commands
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape, local_model_directory
 from grpo_mega.plan import check_layout, check_world_size, make_plan, render_plan
@@ -181,9 +180,12 @@ def report(run: RunPath) -> None:
     typer.echo(draw_curves(run))
 
 
+app.command("check-loss")(loss_commands.check_loss)
+app.command("bench")(loss_commands.bench)
+
+
 def check_recipe(recipe: Recipe) -> None:
     """The laws that need more than the recipe: the model it names and the processes that are there."""
-    check_known(recipe.loss.innovations)
     check_layout(recipe, shape_of(recipe))
     if launch.inside_launcher():
         check_world_size(recipe, int(os.environ["WORLD_SIZE"]))

@@ -11,20 +11,25 @@ import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 
+from grpo_mega.algo.innovations.sca import Sca
 from grpo_mega.algo.objective import PolicyLoss
+from grpo_mega.algo.segments import Markers
 from grpo_mega.data.tokenizer import load_tokenizer
-from grpo_mega.engine.device import device
+from grpo_mega.engine.device import device, has_gpu
 from grpo_mega.engine.model import DTYPES
 from grpo_mega.engine.parallel import Layout, initialize_layout, initialize_process_group
 from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.engine.scratch import write_scratch_model
 from grpo_mega.evaluation import evaluate
 from grpo_mega.inputs import Inputs
+from grpo_mega.kernels.implementation import Implementation, choose
+from grpo_mega.kernels.logprob_check import check_linear_logprob
 from grpo_mega.model_shape import local_model_directory
 from grpo_mega.monitor.console import Console
 from grpo_mega.plan import check_world_size
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.self_check import check_policy_loss
 from grpo_mega.sync.export import write_hf_directory
 from grpo_mega.sync.layout import Heads
 from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf, stream_hf
@@ -40,6 +45,8 @@ class Parts:
     inputs: Inputs
     hf: PretrainedConfig
     engine: PolicyEngine
+    kernels: Implementation
+    missing_uids: int = 0  # samples so far that came without one
 
     @property
     def is_lead(self) -> bool:
@@ -58,7 +65,39 @@ class Parts:
 
     @cached_property
     def policy_loss(self) -> PolicyLoss:
-        return PolicyLoss(self.recipe.loss, default_norm_length=self.recipe.rollout.max_new_tokens)
+        """A number that is not finite makes the gradient so, and then no rank's weights move."""
+        return PolicyLoss(
+            self.recipe.loss,
+            default_norm_length=self.recipe.rollout.max_new_tokens,
+            implementation=self.kernels,
+            reject_not_finite=False,
+        )
+
+    @cached_property
+    def markers(self) -> Markers | None:
+        """Of structured credit, where the recipe picks it."""
+        sca = self.recipe.loss.innovations.picked().get("sca")
+        if not isinstance(sca, Sca):
+            return None
+        ids = [tuple(self.inputs.tokenizer.encode(text, add_special_tokens=False)) for text in sca.markers]
+        return Markers(*ids)
+
+    def warn_of_missing_uids(self, count: int) -> None:
+        """Said once; the count goes on."""
+        if not self.missing_uids:
+            self.console.say("[EMA-GRPO] Warning: No uid found, using temporary sequence IDs")
+        self.missing_uids += count
+
+    def check_kernels(self) -> list[str]:
+        """Against float64, on every rank; what to print. A mismatch refuses to start."""
+        dtype = DTYPES[self.recipe.model.dtype]
+        error = check_linear_logprob(self.kernels, device(), dtype)
+        length = self.recipe.rollout.max_new_tokens
+        return [
+            f"log-probabilities: {self.kernels}, within {error:.0e} of float64",
+            check_policy_loss(self.recipe.loss, self.kernels, device(), length),
+            *self.policy_loss.startup_lines(),
+        ]
 
     @property
     def heads(self) -> Heads:
@@ -98,8 +137,9 @@ def build(recipe: Recipe, *, quiet: bool = False, fresh: bool, check_inputs: boo
     with console.phase("building the model"):
         directory = _model_directory(recipe, inputs.tokenizer, layout, fresh)
         hf = AutoConfig.from_pretrained(directory, local_files_only=True)
-        engine = PolicyEngine(hf, recipe.model, recipe.train, layout)
-        parts = Parts(recipe, layout, console, inputs, hf, engine)
+        kernels = choose(recipe.train.kernels, on_gpu=has_gpu(), vocab=hf.vocab_size)
+        engine = PolicyEngine(hf, recipe.model, recipe.train, layout, kernels)
+        parts = Parts(recipe, layout, console, inputs, hf, engine, kernels)
         if fresh:
             load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
             engine.weights_changed()

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from grpo_mega.algo.advantage import group_advantages
-from grpo_mega.algo.objective import Denominators
+from grpo_mega.algo.advantage import StepMoments, group_advantages, normalised
+from grpo_mega.algo.aggregate import Denominators
+from grpo_mega.algo.segments import batch_segments
 from grpo_mega.batching import distribute
 from grpo_mega.data.stream import PromptStream
 from grpo_mega.engine.device import device
@@ -21,7 +22,10 @@ from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weigh
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.blocks import AdvantageBlock, SftStage
-from grpo_mega.types import Group, PackedBatch, Score, TrainSequence
+from grpo_mega.types import Group, PackedBatch, Prompt, Score, TrainSequence
+
+TEMPORARY = "temp_seq_"
+"""How sequences are named whose samples came without a uid."""
 
 
 @dataclass
@@ -48,9 +52,7 @@ def sft_step(parts: Parts, prompts: PromptStream, stage: SftStage, step: int, lr
     with watch.phase("data"):
         batch = prompts.prompts_for_step(step, stage.batch_size)
         mine = range(parts.layout.rank, len(batch), parts.layout.world_size)
-        sequences = [
-            _supervised(order, batch[order].token_ids, prompts.teacher_tokens(batch[order])) for order in mine
-        ]
+        sequences = [_supervised(order, batch[order], prompts.teacher_tokens(batch[order])) for order in mine]
         batches, counts = distribute(sequences, parts.layout, parts.recipe.train.micro_batch_tokens)
     with watch.phase("train"):
         metrics, update = parts.engine.train_step(batches, _likelihood_loss(counts), lr)
@@ -62,9 +64,9 @@ def sft_step(parts: Parts, prompts: PromptStream, stage: SftStage, step: int, lr
     }
 
 
-def _supervised(order: int, prompt_ids: Sequence[int], response_ids: Sequence[int]) -> TrainSequence:
-    tokens = np.array([*prompt_ids, *response_ids], np.int64)
-    return TrainSequence(order, tokens, len(prompt_ids), np.empty(0, np.float32))
+def _supervised(order: int, prompt: Prompt, response_ids: Sequence[int]) -> TrainSequence:
+    tokens = np.array([*prompt.token_ids, *response_ids], np.int64)
+    return TrainSequence(order, prompt.uid, tokens, len(prompt.token_ids), np.empty(0, np.float32))
 
 
 def _likelihood_loss(counts: Denominators) -> LossFunction:
@@ -97,37 +99,63 @@ def grpo_step(
     with watch.phase("reward"):
         scores = parts.inputs.rewards.score_groups(groups)
         places = [place for place, _ in share]
-        sequences = to_train_sequences(places, groups, scores, recipe.advantage)
+        advantages = step_advantages(scores, recipe.advantage)
+        sequences = to_train_sequences(places, groups, advantages)
+        if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
+            parts.warn_of_missing_uids(unnamed)
         reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD)
         _add_reward_std(reported)
-    tokens = 0.0
     samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     per_update = samples // recipe.train.updates_per_batch  # whole groups: a law of the recipe
-    for first in range(0, samples, per_update):
-        with watch.phase("train"):
-            chosen = [s for s in sequences if first <= s.order < first + per_update]
-            trained, counts = policy_update(parts, chosen, lr, reference)
-        reported |= trained  # of several updates the last one is reported
-        tokens += counts.tokens
+    with watch.phase("train"):
+        updates = [
+            prepare_update(parts, [s for s in sequences if first <= s.order < first + per_update], reference)
+            for first in range(0, samples, per_update)
+        ]
+        trained = [policy_update(parts, update, lr) for update in updates]
+    # Of several updates the last one is reported; sampler and trainer had the same weights before the first.
+    reported |= trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
     with watch.phase("sync"):
         parts.sync_weights()
-    return {**reported, **watch.metrics(tokens)}
+    return {**reported, **watch.metrics(sum(update.counts.tokens for update in updates))}
 
 
-def policy_update(
-    parts: Parts, sequences: Sequence[TrainSequence], lr: float, reference: Weights | None
-) -> tuple[dict[str, float], Denominators]:
-    """One optimizer step on these sequences (each rank brings its own)."""
+@dataclass(frozen=True, slots=True)
+class PolicyBatch:
+    """The micro-batches of one optimizer step on this rank, with all that its loss reads."""
+
+    batches: list[PackedBatch]
+    counts: Denominators
+
+
+def prepare_update(
+    parts: Parts, sequences: Sequence[TrainSequence], reference: Weights | None
+) -> PolicyBatch:
+    """Bring the sequences to their ranks (each rank brings its own) and compute what does not change while
+    the policy does."""
+    engine, temperature = parts.engine, parts.recipe.rollout.temperature
     batches, counts = distribute(sequences, parts.layout, parts.recipe.train.micro_batch_tokens)
-    temperature = parts.recipe.rollout.temperature
     if reference is not None:
-        with parts.engine.using(reference):
-            reference_logprobs = parts.engine.logprobs(batches, temperature)
-        if reference_logprobs:  # the last pipeline stage, the only one that computes losses
-            batches = [
-                replace(batch, reference_logprobs_T=logprobs_T)
-                for batch, logprobs_T in zip(batches, reference_logprobs, strict=True)
-            ]
+        with engine.using(reference):
+            logprobs = engine.logprobs(batches, temperature)
+        batches = _with(batches, "reference_logprobs_T", logprobs)
+    if parts.policy_loss.corrects and parts.recipe.train.updates_per_batch > 1:
+        batches = _with(batches, "proximal_logprobs_T", engine.logprobs(batches, temperature))
+    if parts.markers is not None:
+        segments = [batch_segments(batch, parts.markers) for batch in batches]
+        batches = _with(batches, "segments_T", segments)
+    return PolicyBatch(batches, counts)
+
+
+def _with(batches: list[PackedBatch], name: str, values: list[torch.Tensor]) -> list[PackedBatch]:
+    """No values at all: a pipeline stage before the last, which computes no loss."""
+    if not values:
+        return batches
+    return [replace(batch, **{name: value}) for batch, value in zip(batches, values, strict=True)]
+
+
+def policy_update(parts: Parts, update: PolicyBatch, lr: float) -> dict[str, float]:
+    """One optimizer step."""
 
     def loss(outputs: TokenOutputs, batch: PackedBatch) -> LossTerms:
         output = parts.policy_loss(
@@ -137,34 +165,48 @@ def policy_update(
             batch.cu_seqlens,
             reference_logprobs_T=batch.reference_logprobs_T,
             entropy_T=outputs.entropy_T,
+            sq_prob_T=outputs.sq_prob_T,
             response_mask_T=batch.response_mask_T,
-            denominators=counts,
+            denominators=update.counts,
+            proximal_logprobs_T=batch.proximal_logprobs_T,
+            segments_T=batch.segments_T,
+            uids=batch.uids,
         )
         return LossTerms(output.loss, output.metrics)
 
-    metrics, update = parts.engine.train_step(batches, loss, lr, temperature)
-    reported = parts.engine.reduce_metrics(metrics)
-    return reported | _update_metrics(update.applied, update.grad_norm, lr), counts
+    metrics, applied = parts.engine.train_step(update.batches, loss, lr, parts.recipe.rollout.temperature)
+    reported = parts.policy_loss.derived(parts.engine.reduce_metrics(metrics))
+    return reported | _update_metrics(applied.applied, applied.grad_norm, lr)
 
 
 def _update_metrics(applied: bool, grad_norm: float, lr: float) -> dict[str, float]:
     return {"actor/grad_norm": grad_norm, "actor/lr": lr, "actor/update_skipped": float(not applied)}
 
 
+def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) -> list[np.ndarray]:
+    """Of every sample of this rank's groups; one estimator looks at all samples of the step, on all ranks."""
+    advantages = [group_advantages([score.total for score in group], block) for group in scores]
+    if block.estimator != "reinforce_plus_plus":
+        return advantages
+    mine = StepMoments.of(np.concatenate([np.empty(0), *advantages]))
+    sums = torch.tensor([mine.count, mine.total, mine.squares], dtype=torch.float64, device=device())
+    dist.all_reduce(sums)
+    moments = StepMoments(*sums.tolist())
+    return [normalised(values, moments, block) for values in advantages]
+
+
 def to_train_sequences(
-    places: Sequence[int],
-    groups: Sequence[Group],
-    scores: Sequence[tuple[Score, ...]],
-    advantage: AdvantageBlock,
+    places: Sequence[int], groups: Sequence[Group], advantages: Sequence[np.ndarray]
 ) -> list[TrainSequence]:
     """Samples with their advantages; `places` are the groups' positions in the step's batch."""
     sequences = []
-    for place, group, group_scores in zip(places, groups, scores, strict=True):
-        advantages_G = group_advantages([score.total for score in group_scores], advantage)
+    for place, group, advantages_G in zip(places, groups, advantages, strict=True):
         for sample, value in zip(group.samples, advantages_G, strict=True):
+            order = place * len(group.samples) + sample.rollout_index
             sequences.append(
                 TrainSequence(
-                    order=place * len(group.samples) + sample.rollout_index,
+                    order=order,
+                    uid=sample.uid or f"{TEMPORARY}{order}",
                     token_ids=np.array([*group.prompt.token_ids, *sample.response_ids], np.int64),
                     prompt_length=len(group.prompt.token_ids),
                     sampler_logprobs=np.array(sample.sampler_logprobs, np.float32),

@@ -29,6 +29,10 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
     """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves
     in run.dir."""
     parts = build(recipe, quiet=quiet, fresh=not resume)
+    with parts.console.phase("checking the kernels"):
+        checked = parts.check_kernels()
+    for line in checked:
+        parts.console.say(line)
     Trainer(parts, resume=resume).run()
     with parts.console.phase("exporting to Hugging Face format"):
         parts.export(recipe.run.dir / "hf")
@@ -106,6 +110,9 @@ class Trainer:
     def _report(self, kind: str, metrics: dict[str, float]) -> None:
         report = StepReport(self.state.step, kind, metrics)
         self.parts.console.step(report)
+        if kind == "grpo":
+            for line in self.parts.policy_loss.step_lines(metrics):
+                self.parts.console.detail(line)
         if self.writer:
             self.writer.write(report, self.state.stage_step)
 

@@ -73,11 +73,12 @@ class TrainSequence:
     """One sequence as the engine consumes it. `order` is its place in the step's global batch, the same on
     any layout.
 
-    Example: TrainSequence(order=5, token_ids=np.array([7, 8, 9, 1]), prompt_length=2,
+    Example: TrainSequence(order=5, uid="train-17/3", token_ids=np.array([7, 8, 9, 1]), prompt_length=2,
                            sampler_logprobs=np.array([-.3, -.1], np.float32), advantage=.7)
     """
 
     order: int
+    uid: str  # of its sample; "" only where whoever made the sequence had none
     token_ids: np.ndarray  # L, int64: prompt then response
     prompt_length: int
     sampler_logprobs: np.ndarray  # one per response token, float32; empty in supervised stages
@@ -112,7 +113,10 @@ class PackedBatch:
     advantages_B: torch.Tensor  # float32
     num_sequences: int
     max_seqlen: int
+    uids: tuple[str, ...]  # of the sequences
     reference_logprobs_T: torch.Tensor | None = None
+    proximal_logprobs_T: torch.Tensor | None = None  # the trainer's own, under the weights that sampled
+    segments_T: torch.Tensor | None = None  # int8: the part of its response each token belongs to
 
 
 @dataclass(frozen=True, slots=True)

@@ -124,4 +124,5 @@ def pack(sequences: Sequence[TrainSequence], padded_length: int, device: torch.d
         advantages_B=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
         num_sequences=len(sequences),
         max_seqlen=int(np.diff(boundaries).max()),
+        uids=tuple(sequence.uid for sequence in sequences),
     )

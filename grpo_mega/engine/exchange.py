@@ -13,7 +13,7 @@ import torch.distributed as dist
 from grpo_mega.engine.device import device
 from grpo_mega.types import TrainSequence
 
-_HEADER = 5  # order, prompt length, total length, number of log-probs, advantage
+_HEADER = 6  # order, prompt length, total length, number of log-probs, bytes of the uid, advantage
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +58,25 @@ def exchange(
 
 def _encode(sequence: TrainSequence) -> np.ndarray:
     logprobs = sequence.sampler_logprobs
-    header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, sequence.advantage)
-    return np.concatenate([np.array(header, np.float64), sequence.token_ids, logprobs.astype(np.float64)])
+    uid = np.frombuffer(sequence.uid.encode(), np.uint8)
+    header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, uid.size)
+    return np.concatenate(
+        [np.array((*header, sequence.advantage), np.float64), uid, sequence.token_ids, logprobs],
+        dtype=np.float64,
+    )
 
 
 def _decode(buffer: np.ndarray) -> dict[int, TrainSequence]:
     sequences, at = {}, 0
     while at < len(buffer):
-        order, prompt_length, length, logprobs = (int(number) for number in buffer[at : at + _HEADER - 1])
-        tokens = at + _HEADER
+        header = (int(number) for number in buffer[at : at + _HEADER - 1])
+        order, prompt_length, length, logprobs, uid_bytes = header
+        uid = at + _HEADER
+        tokens = uid + uid_bytes
         end = tokens + length + logprobs
         sequences[order] = TrainSequence(
             order=order,
+            uid=buffer[uid:tokens].astype(np.uint8).tobytes().decode(),
             token_ids=buffer[tokens : tokens + length].astype(np.int64),
             prompt_length=prompt_length,
             sampler_logprobs=buffer[tokens + length : end].astype(np.float32),

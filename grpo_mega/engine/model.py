@@ -33,7 +33,8 @@ from grpo_mega.engine.attention import PackedCausalAttention, PackedSequences, R
 from grpo_mega.engine.device import device, transformer_engine_available
 from grpo_mega.engine.parallel import Layout, holds_stage
 from grpo_mega.errors import UserError
-from grpo_mega.kernels.logprob import vocab_parallel_logprob
+from grpo_mega.kernels.implementation import Implementation
+from grpo_mega.kernels.logprob import linear_logprob
 from grpo_mega.recipe.blocks import ModelBlock
 from grpo_mega.types import PackedBatch
 
@@ -41,18 +42,27 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class PolicyModel(GPTModel):
-    """One pipeline chunk. The last one returns log-probabilities and entropies instead of logits, so that the
-    only tensor as wide as the vocabulary lives and dies here."""
+    """One pipeline chunk. The last one returns three numbers for each token instead of logits, so that
+    nothing is ever as wide as the vocabulary."""
 
-    def __init__(self, *args: Any, inv_freq: torch.Tensor, real_vocab: int, thd: bool, **kwargs: Any):
+    def __init__(
+        self,
+        *args: Any,
+        inv_freq: torch.Tensor,
+        real_vocab: int,
+        thd: bool,
+        kernels: Implementation,
+        **kwargs: Any,
+    ):
         super().__init__(*args, **kwargs)
         self.rope_inv_freq = inv_freq
         self.real_vocab = real_vocab
         self.thd = thd
+        self.kernels: Implementation = kernels
 
     def forward(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
-        """Hidden states [T, 1, H], or on the last stage [2, T] float32: log-probability of `targets_T`,
-        entropy."""
+        """Hidden states [T, 1, H], or on the last stage [3, T] float32: log-probability of `targets_T`,
+        entropy, sum of squared probabilities; 0 where the next token is none of a response's."""
         here = self._slice_of_this_rank(batch)
         embedded = None
         if self.pre_process:
@@ -67,17 +77,23 @@ class PolicyModel(GPTModel):
         )
         if not self.post_process:
             return hidden
-        weight = (
-            self.shared_embedding_or_output_weight() if self.share_embeddings_and_output_weights else None
+        tied = self.share_embeddings_and_output_weights
+        outputs = torch.stack(
+            linear_logprob(
+                hidden[:, 0],
+                self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+                batch.targets_T[here],
+                temperature,
+                self.pg_collection.tp,
+                real_vocab=self.real_vocab,
+                needed_T=_predicts_a_response(batch)[here],
+                sequence_parallel=self.config.sequence_parallel,
+                implementation=self.kernels,
+            )
         )
-        logits, _ = self.output_layer(hidden, weight=weight)
-        logprob_T, entropy_T = vocab_parallel_logprob(
-            logits[:, 0], batch.targets_T[here], temperature, self.real_vocab, self.pg_collection.tp
-        )
-        outputs = torch.stack([logprob_T, entropy_T])
         if self.config.context_parallel_size == 1:
             return outputs
-        # Two numbers a token: every rank gets them all and computes the whole loss, of whose gradient it
+        # Three numbers a token: every rank gets them all and computes the whole loss, of whose gradient it
         # then keeps its own tokens' part.
         return gather_from_sequence_parallel_region(
             outputs.t().contiguous(), tensor_parallel_output_grad=False, group=self.pg_collection.cp
@@ -109,6 +125,11 @@ class PolicyModel(GPTModel):
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
+
+
+def _predicts_a_response(batch: PackedBatch) -> torch.Tensor:
+    """Positions whose next token is one of a response: no other's log-probability is ever looked at."""
+    return torch.roll(batch.response_mask_T, -1)
 
 
 def check_supported(hf: PretrainedConfig) -> None:
@@ -257,7 +278,7 @@ def rope_inv_freq(hf: PretrainedConfig) -> torch.Tensor:
 
 
 def build_chunks(
-    hf: PretrainedConfig, block: ModelBlock, layout: Layout
+    hf: PretrainedConfig, block: ModelBlock, layout: Layout, kernels: Implementation
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """This rank's pipeline chunks (one, or vpp of them), on its device, with uninitialised weights."""
     check_supported(hf)
@@ -284,6 +305,7 @@ def build_chunks(
             inv_freq=inv_freq,
             real_vocab=hf.vocab_size,
             thd=use_te,
+            kernels=kernels,
         )
         mark_tensor_parallel(chunk)
         chunk = chunk.to(device())

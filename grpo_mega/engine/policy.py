@@ -21,6 +21,7 @@ from grpo_mega.engine.device import device
 from grpo_mega.engine.model import build_chunks
 from grpo_mega.engine.optimizer import Update, apply_update, build_optimizer, wrap_data_parallel
 from grpo_mega.engine.parallel import Layout, broadcast_object
+from grpo_mega.kernels.implementation import Implementation
 from grpo_mega.monitor.metrics import Metrics, merge, reduce
 from grpo_mega.recipe.blocks import ModelBlock, TrainBlock
 from grpo_mega.types import PackedBatch
@@ -31,8 +32,9 @@ class TokenOutputs:
     """What the policy says about one micro-batch; aligned with the tokens themselves, not with their
     predictors."""
 
-    logprobs_T: torch.Tensor  # float32; meaningless at each sequence's first token
+    logprobs_T: torch.Tensor  # float32; 0 at tokens that are none of a response's
     entropy_T: torch.Tensor
+    sq_prob_T: torch.Tensor  # sum of squared probabilities, without a gradient
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,9 +57,16 @@ class PolicyEngine:
         metrics, update = engine.train_step(micro_batches, loss_function, lr=1e-4)
     """
 
-    def __init__(self, hf: PretrainedConfig, model: ModelBlock, train: TrainBlock, layout: Layout):
+    def __init__(
+        self,
+        hf: PretrainedConfig,
+        model: ModelBlock,
+        train: TrainBlock,
+        layout: Layout,
+        kernels: Implementation = "eager",
+    ):
         self.hf, self.layout = hf, layout
-        self.config, bare = build_chunks(hf, model, layout)
+        self.config, bare = build_chunks(hf, model, layout, kernels)
         self.chunks = wrap_data_parallel(self.config, bare)
         self._train = train
         self.optimizer = build_optimizer(train, self.config, self.chunks)
@@ -85,7 +94,7 @@ class PolicyEngine:
         return merge(results), update
 
     def logprobs(self, micro_batches: Sequence[PackedBatch], temperature: float = 1.0) -> list[torch.Tensor]:
-        """Log-prob of every token of every micro-batch; empty on all but the last pipeline stage."""
+        """Log-prob of every response token of every micro-batch; empty on all but the last pipeline stage."""
         with torch.no_grad():
             return self._run(micro_batches, temperature, _logprobs_of, forward_only=True)
 
@@ -156,14 +165,12 @@ def _finalize_with_global_denominators(
 
 
 def at_own_token(predicted_T: torch.Tensor) -> torch.Tensor:
-    """Shift log-probs from the position that predicts to the token that is predicted; each sequence's first
-    token has none (its place holds the previous sequence's unused last prediction, and no response mask
-    covers it)."""
+    """Shift log-probs from the position that predicts to the token that is predicted."""
     return torch.roll(predicted_T, 1)
 
 
 def _outputs(output: torch.Tensor) -> TokenOutputs:
-    return TokenOutputs(at_own_token(output[0]), at_own_token(output[1]))
+    return TokenOutputs(*(at_own_token(row) for row in output))
 
 
 def _loss_of(

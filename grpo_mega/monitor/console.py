@@ -127,6 +127,11 @@ class Console:
     def say(self, text: str) -> None:
         self._print(text)
 
+    def detail(self, text: str) -> None:
+        """A line of every step: for logs to be searched; on a terminal it would drown the bar."""
+        if self._progress_wanted and not self._output.is_terminal:
+            self._print(text)
+
     def _print(self, text: str) -> None:
         if not self._silent:
             self._output.print(Text(text), soft_wrap=True)

@@ -3,6 +3,7 @@ it."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
@@ -10,13 +11,18 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-Reducer = Literal["mean", "sum", "max", "min"]
+from grpo_mega.monitor import histogram
+
+Reducer = Literal["mean", "sum", "max", "min", "rms", "variance", "std", "correlation", "p99", "abs_p99"]
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """`value` is the numerator of a mean, or the sum, maximum or minimum itself; `denominator` counts what it
-    is over.
+    """What adds up over micro-batches and ranks, and the count it is over.
+
+    `value` by reducer: mean, rms: the sum of x, of x^2; sum, max, min: itself; variance, std: the sums of x -
+    c and of (x - c)^2 for any constant c; correlation: the sums of x, y, x^2, y^2, x y; p99, abs_p99 (of
+    |x|): counts of a histogram.
 
     A metric over nothing (denominator 0) merges like any other and is left out of the result: never a made-up
     number.
@@ -61,7 +67,7 @@ def merge(batches: Iterable[Metrics]) -> dict[str, Metric]:
 
 def _pair(a: Metric, b: Metric) -> Metric:
     assert a.reducer == b.reducer
-    combine = {"mean": torch.add, "sum": torch.add, "max": torch.maximum, "min": torch.minimum}[a.reducer]
+    combine = {"max": torch.maximum, "min": torch.minimum}.get(a.reducer, torch.add)
     return Metric(combine(a.value, b.value), a.denominator + b.denominator, a.reducer)
 
 
@@ -71,23 +77,42 @@ def reduce(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str
     names = sorted(metrics)
     if not names:
         return {}
-    device = metrics[names[0]].value.device
-    sums = torch.zeros(2, len(names), dtype=torch.float64, device=device)
-    extremes = torch.full((len(names),), -torch.inf, dtype=torch.float64, device=device)
-    for column, name in enumerate(names):
-        metric = metrics[name]
-        sums[1, column] = metric.denominator
-        if metric.reducer in ("mean", "sum"):
-            sums[0, column] = metric.value
-        else:
-            extremes[column] = metric.value if metric.reducer == "max" else -metric.value
+    values = [metrics[name].value.detach().double().flatten() for name in names]
+    counts = [metrics[name].denominator.detach().double().flatten() for name in names]
+    signs = [{"max": 1.0, "min": -1.0}.get(metrics[name].reducer, 0.0) for name in names]
+    sums = torch.cat([v for v, sign in zip(values, signs, strict=True) if not sign] + counts)
+    extremes = torch.cat([v * sign for v, sign in zip(values, signs, strict=True) if sign] or [sums[:0]])
     if group is not None and dist.get_world_size(group) > 1:
         dist.all_reduce(sums, dist.ReduceOp.SUM, group)
         dist.all_reduce(extremes, dist.ReduceOp.MAX, group)
-    totals, counts, tops = sums[0].tolist(), sums[1].tolist(), extremes.tolist()
-    result = {}
-    for name, total, count, top in zip(names, totals, counts, tops, strict=True):
-        if count:
-            reducer = metrics[name].reducer
-            result[name] = {"mean": total / count, "sum": total, "max": top, "min": -top}[reducer]
-    return result
+    summed, tops = iter(sums.tolist()), iter(extremes.tolist())
+    reduced = [
+        [next(tops) * sign] if sign else [next(summed) for _ in range(value.numel())]
+        for value, sign in zip(values, signs, strict=True)
+    ]
+    result = {
+        name: _number(metrics[name].reducer, value, next(summed))
+        for name, value in zip(names, reduced, strict=True)
+    }
+    return {name: number for name, number in result.items() if number is not None}
+
+
+def _number(reducer: Reducer, value: list[float], count: float) -> float | None:
+    """None: over nothing, or undefined there (the correlation with a constant)."""
+    if not count:
+        return None
+    if reducer in ("sum", "max", "min"):
+        return value[0]
+    if reducer in ("p99", "abs_p99"):
+        return histogram.quantile(histogram.folded(value) if reducer == "abs_p99" else value, 0.99)
+    means = [part / count for part in value]
+    if reducer == "mean":
+        return means[0]
+    if reducer == "rms":
+        return math.sqrt(means[0])
+    if reducer == "correlation":
+        x, y, xx, yy, xy = means
+        spread = (xx - x * x) * (yy - y * y)
+        return max(-1.0, min(1.0, (xy - x * y) / math.sqrt(spread))) if spread > 0 else None
+    variance = max(0.0, means[1] - means[0] ** 2)
+    return variance if reducer == "variance" else math.sqrt(variance)

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-NotNegative = Annotated[int, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0.0, le=1.0)]
-
-
-class Block(BaseModel):
-    """A part of a recipe: immutable, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
+from grpo_mega.algo.innovations import Innovations
+from grpo_mega.algo.innovations._base import Level, Surrogate
+from grpo_mega.algo.objectives import CispoObjective, ClipObjective, GmpoObjective
+from grpo_mega.block import Block, NotNegative, Positive, Probability
 
 
 class RunBlock(Block):
@@ -261,24 +256,56 @@ class RewardItem(Block):
         return self
 
 
+GSPO_CLIP = ClipObjective(low=3e-4, high=4e-4)
+"""A geometric mean of ratios moves far less than a ratio."""
+
+
 class AdvantageBlock(Block):
-    estimator: Literal["grpo"] = "grpo"
-    """grpo: (reward - group mean) / (group std + epsilon)."""
+    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    """grpo: (reward - group mean) / (group std + epsilon); dr_grpo: reward - group mean; rloo: reward - mean
+    of the other samples; reinforce_plus_plus: (reward - mean) / std over the whole step's samples."""
     normalize_std: bool = True
-    """false leaves out the division (Dr.GRPO)."""
+    """grpo: false leaves out the division. reinforce_plus_plus: likewise, over the step."""
+    group_baseline: bool = False
+    """reinforce_plus_plus: subtract the group's mean first (then the mean over the step is 0 already)."""
     epsilon: float = Field(default=1e-6, gt=0)
 
 
-class ClipObjective(Block):
-    low: float = Field(default=0.2, gt=0, lt=1)
-    high: float = Field(default=0.2, gt=0)
-    """.28 is clip-higher."""
-    dual: float | None = Field(default=3.0, gt=1)
-    """Lower bound of the objective for negative advantages, in multiples of the advantage; null = off."""
-
-
 class Objective(Block):
+    """What takes ratio and advantage to a number: exactly one."""
+
     clip: ClipObjective | None = None
+    """PPO's clip; high: .28 is clip-higher."""
+    cispo: CispoObjective | None = None
+    """The clipped ratio only weighs the log-likelihood."""
+    gmpo: GmpoObjective | None = None
+    """Geometric mean of clipped token ratios."""
+
+    @property
+    def surrogate(self) -> ClipObjective | CispoObjective | GmpoObjective:
+        surrogate = self.clip or self.cispo or self.gmpo
+        assert surrogate is not None
+        return surrogate
+
+    @model_validator(mode="after")
+    def exactly_one_objective(self) -> Objective:
+        if sum(value is not None for value in (self.clip, self.cispo, self.gmpo)) != 1:
+            raise ValueError("an objective is exactly one of clip, cispo, gmpo")
+        return self
+
+
+class CorrectionBlock(Block):
+    """What is done about sampler and trainer giving the same token different probabilities."""
+
+    kind: Literal["none", "tis", "mis"] = "none"
+    """tis: each token's objective is weighted by min(trainer / sampler probability, cap), the trainer's under
+    the weights that sampled; mis: by that ratio where it lies within [floor, cap], by 0 elsewhere. With a
+    correction the policy ratio is taken against the trainer's own probabilities."""
+    level: Literal["token", "sequence"] = "token"
+    """sequence: the product over the response's tokens in place of the token's own ratio."""
+    cap: float = Field(default=2.0, ge=1)
+    floor: float = Field(default=0.0, ge=0, le=1)
+    """mis: a smaller ratio is masked too; 0 = off."""
 
 
 class KlBlock(Block):
@@ -290,10 +317,11 @@ class KlBlock(Block):
 
 
 class LossBlock(Block):
-    innovations: dict[str, dict[str, Any] | None] = Field(default_factory=dict)
-    """Token-level weightings by name; {} = plain clipped GRPO."""
+    innovations: Innovations = Field(default_factory=Innovations)
+    """Token-level weightings by name, {} inside for their defaults; none = plain clipped GRPO."""
     objective: Objective | None = None
-    """null: the PPO clip .2/.2 with dual bound 3."""
+    """null: the objective an innovation brings, else the PPO clip .2/.2 with dual bound 3 (3e-4/4e-4 under
+    gspo)."""
     kl: KlBlock = KlBlock()
     entropy_coef: float = Field(default=0.0, ge=0)
     aggregate: Literal[
@@ -302,9 +330,50 @@ class LossBlock(Block):
     """How per-token losses become one number; denominators are those of the whole update, all ranks."""
     norm_length: Positive | None = None
     """seq-mean-token-sum-norm: each sequence's sum is divided by this; null = rollout.max_new_tokens."""
+    correction: CorrectionBlock = CorrectionBlock()
+
+    @property
+    def surrogate(self) -> Surrogate:
+        """What decides the objective: an innovation, the recipe, or the default."""
+        picked = self.innovations.picked()
+        brought = [value for value in picked.values() if isinstance(value, Surrogate)]
+        if brought:
+            return brought[0]
+        if self.objective is not None:
+            return self.objective.surrogate
+        return GSPO_CLIP if "gspo" in picked else ClipObjective()
+
+    @model_validator(mode="after")
+    def an_innovation_brings_its_own_objective(self) -> LossBlock:
+        if self.objective is None:
+            return self
+        for name, innovation in self.innovations.picked().items():
+            if isinstance(innovation, Surrogate):
+                raise ValueError(
+                    f"loss.innovations.{name} takes the place of loss.objective: set loss.objective to null, "
+                    f"or remove loss.innovations.{name}"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def gmpo_means_over_tokens_itself(self) -> LossBlock:
+        for name, innovation in self.innovations.picked().items():
+            if (
+                self.objective is not None
+                and self.objective.gmpo is not None
+                and isinstance(innovation, Level)
+            ):
+                raise ValueError(
+                    f"loss.objective.gmpo and loss.innovations.{name} both make one ratio of a sequence: "
+                    "remove one of them"
+                )
+        return self
 
 
 class TrainBlock(Block):
+    kernels: Literal["auto", "eager", "compiled", "triton"] = "auto"
+    """How the log-probabilities and the policy loss are computed. auto: triton on a GPU; on a CPU compiled
+    where it pays, else eager."""
     steps: NotNegative | None = None
     """Caps the steps of every stage; null = the stages' own."""
     lr: float = Field(default=1.0e-4, gt=0)

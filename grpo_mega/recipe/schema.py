@@ -11,16 +11,15 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from grpo_mega.block import Block, NotNegative
 from grpo_mega.recipe.blocks import (
     AdvantageBlock,
-    Block,
     CheckpointBlock,
     DataBlock,
     EvalBlock,
     GrpoStage,
     LossBlock,
     ModelBlock,
-    NotNegative,
     ParallelBlock,
     RewardItem,
     RolloutBlock,
@@ -90,6 +89,15 @@ class Recipe(Block):
             raise ValueError(
                 f"parallel.cp ({self.parallel.cp}) is computed by the local attention: "
                 "model.attention must be local or auto"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def dr_grpo_is_normalised_by_a_constant(self) -> Recipe:
+        if self.advantage.estimator == "dr_grpo" and self.loss.aggregate != "seq-mean-token-sum-norm":
+            raise ValueError(
+                "advantage.estimator dr_grpo divides by a constant length: set loss.aggregate to "
+                "seq-mean-token-sum-norm, or take grpo with advantage.normalize_std false"
             )
         return self
 

@@ -16,7 +16,10 @@ KeyPath: TypeAlias = tuple[str | int, ...]
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 
-EXCLUSIVE_KEYS: Mapping[str, tuple[str, ...]] = {"model": ("hf", "scratch")}
+EXCLUSIVE_KEYS: Mapping[str, tuple[str, ...]] = {
+    "model": ("hf", "scratch"),
+    "loss.objective": ("clip", "cispo", "gmpo"),
+}
 """Block -> keys of which a recipe gives exactly one. Giving one replaces an inherited other one."""
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each variant against the plain way of computing the same."""
