@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 # Before torch is imported anywhere: results that do not depend on how many cores the machine has.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Before triton is: without a GPU its kernels run in the interpreter.
+if not any(Path("/dev").glob("nvidia[0-9]*")):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Callable, Iterator
 

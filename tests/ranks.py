@@ -113,7 +113,8 @@ def _leave_groups() -> None:
     from grpo_mega.engine.parallel import shutdown
 
     for item in gc.get_objects():
-        if isinstance(item, DistributedDataParallel | MegatronOptimizer):
+        # its type, and not isinstance, which asks objects that may be gone (weak references)
+        if issubclass(type(item), DistributedDataParallel | MegatronOptimizer):
             vars(item).clear()
     shutdown()
     gc.collect()

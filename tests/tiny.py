@@ -66,6 +66,7 @@ def random_sequences(
         sequences.append(
             TrainSequence(
                 order=order,
+                uid=f"made-{order}/0",
                 token_ids=rng.integers(0, VOCAB, length),
                 prompt_length=prompt,
                 sampler_logprobs=rng.normal(-4.0, 1.0, length - prompt).astype(np.float32),

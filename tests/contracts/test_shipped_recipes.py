@@ -10,6 +10,7 @@ from pathlib import Path
 import jsonschema
 import pytest
 
+from grpo_mega.algo.innovations import available
 from grpo_mega.plan import ModelShape, make_plan
 from grpo_mega.recipe import Recipe, load_recipe
 from grpo_mega.recipe.json_schema import main as json_schema_command
@@ -21,6 +22,16 @@ ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
 SCHEMA = RECIPES / "recipe.schema.json"
 FILES = sorted(path.relative_to(ROOT).as_posix() for path in RECIPES.rglob("*.yaml"))
+
+COMBINATIONS = {
+    "conservative": {"ema", "temporal_decay"},
+    "balanced": {"ema", "gradient_adaptive", "asymmetric"},
+    "aggressive": {"amic", "gradient_adaptive", "ptrw"},
+    "all": {"ema", "gradient_adaptive", "temporal_decay", "asymmetric"},
+}
+SWEEP = {"ema_beta_0.5": 0.5, "ema_beta_0.7": 0.7, "ema": 0.9, "ema_beta_0.95": 0.95, "ema_beta_0.99": 0.99}
+AT_THE_RATIO = {"ema", "amic", "gspo", "ptrw", "asymmetric"}
+OBJECTIVES = {"clip_higher", "cispo", "gmpo", "dr_grpo", "rloo", "reinforce_plus_plus", "tis", "mis"}
 
 VOCAB = {"vocab": 151936, "rope_theta": 1e6, "max_positions": 40960}
 SMALL = ModelShape("qwen2", 24, 896, 14, 2, 64, 4864, tie_embeddings=True, **VOCAB)
@@ -138,3 +149,64 @@ def test_fits_the_gpu_its_header_promises(file: str, shape: ModelShape, gpu_giga
 def test_the_model_directory_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(os.environ, "MODEL_DIR", "/models/other")
     assert load_recipe("recipes/qwen3-8b.yaml").recipe.model.hf == "/models/other"
+
+
+def _innovations(name: str) -> dict[str, dict[str, object]]:
+    """What a recipe of recipes/innovations picks, with all of its options."""
+    return load_recipe(f"recipes/innovations/{name}.yaml").recipe.loss.innovations.model_dump()
+
+
+def _names(folder: str) -> set[str]:
+    return {path.stem for path in (RECIPES / folder).glob("*.yaml")}
+
+
+@pytest.mark.parametrize("name", available())
+def test_an_innovation_has_a_recipe_of_its_own(name: str) -> None:
+    assert set(_innovations(name)) == {name}
+
+
+@pytest.mark.parametrize("name", COMBINATIONS)
+def test_a_combination_holds_what_its_name_stands_for(name: str) -> None:
+    defaults = {picked: options for only in available() for picked, options in _innovations(only).items()}
+    picked = _innovations(name)
+    assert set(picked) == COMBINATIONS[name]
+    assert picked == {member: defaults[member] for member in picked}, "as in the recipes of its members"
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_a_point_of_the_sweep_has_its_beta(name: str) -> None:
+    assert _innovations(name) == {"ema": {"beta": SWEEP[name]}}
+
+
+def test_lspd_is_a_mode_of_temporal_decay() -> None:
+    picked = _innovations("lspd")
+    assert set(picked) == {"temporal_decay"} and picked["temporal_decay"]["mode"] == "lspd"
+
+
+def test_no_recipe_for_the_loss_is_left_without_a_check() -> None:
+    assert _names("innovations") == {*available(), *COMBINATIONS, *SWEEP, "lspd"}
+    assert _names("objectives") == OBJECTIVES
+
+
+@pytest.mark.parametrize("name", sorted(_names("innovations")))
+def test_what_acts_on_ratios_reuses_its_samples(name: str) -> None:
+    """With one update on fresh samples every ratio is 1: there would be nothing to see."""
+    recipe = load_recipe(f"recipes/innovations/{name}.yaml").recipe
+    acts_on_ratios = bool(AT_THE_RATIO & set(_innovations(name)))
+    assert (recipe.train.updates_per_batch, recipe.train.lr) == ((4, 1e-4) if acts_on_ratios else (1, 2e-4))
+
+
+@pytest.mark.parametrize("name", sorted(OBJECTIVES))
+def test_an_objective_recipe_is_the_quickstart_but_for_what_it_shows(name: str) -> None:
+    base = load_recipe("recipes/quickstart.yaml").recipe
+    own = load_recipe(f"recipes/objectives/{name}.yaml").recipe
+    assert own.loss != base.loss or own.advantage != base.advantage
+    unchanged = {"run": base.run, "loss": base.loss, "advantage": base.advantage, "train": base.train}
+    assert own.model_copy(update=unchanged) == base
+    reuse = {"updates_per_batch": 4, "lr": base.train.lr / 2}  # half of the rate for four times the updates
+    assert own.train in (base.train, base.train.model_copy(update=reuse))
+
+
+def test_no_two_recipes_write_to_the_same_directory() -> None:
+    loaded = [load_recipe(file).recipe.run for file in FILES if file != "recipes/base.yaml"]
+    assert len({run.dir for run in loaded}) == len({run.name for run in loaded}) == len(loaded)

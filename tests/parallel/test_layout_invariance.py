@@ -45,6 +45,46 @@ def test_same_numbers_on_every_layout(layout, single, ranks, tmp_path):
     _assert_close(tiny.metrics_of(tmp_path), single)
 
 
+WEIGHTED = {
+    "loss": {
+        "kl": {"coef": 0.01},
+        "correction": {"kind": "tis"},
+        "innovations": {
+            "ema": {"beta": 0.7},
+            "gradient_adaptive": {"norm": "logit"},
+            "temporal_decay": {},
+            "asymmetric": {},
+        },
+    },
+    "advantage": {"estimator": "reinforce_plus_plus", "group_baseline": True},
+    "train": {
+        "updates_per_batch": 2
+    },  # the ratios differ from 1, and the correction needs its own forward pass
+}
+SEQUENCE_LEVEL = {
+    "loss": {"innovations": {"gspo": {}}, "aggregate": "seq-mean-token-mean"},
+    "train": {"updates_per_batch": 2},
+}
+
+
+@pytest.fixture(scope="module", params=[WEIGHTED, SEQUENCE_LEVEL], ids=["weighted", "sequence level"])
+def innovative(request, ranks, tmp_path_factory):
+    """Blocks of a recipe with innovations, and its metrics on one rank."""
+    run_dir = tmp_path_factory.mktemp("one")
+    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(run_dir, **request.param))
+    metrics = tiny.metrics_of(run_dir)
+    assert any(line.get("innovation/final_ratio_std", 0.0) > 1e-4 for line in metrics)
+    return request.param, metrics
+
+
+@pytest.mark.parametrize("layout", ["dp2", "tp2-sp", "pp2", "cp2"])
+def test_innovations_see_whole_sequences_on_every_layout(layout, innovative, ranks, tmp_path):
+    blocks, expected = innovative
+    recipe = tiny.recipe_dict(tmp_path, parallel=LAYOUTS[layout], **blocks)
+    ranks(2).run(tiny.train_on_pool, recipe)
+    _assert_close(tiny.metrics_of(tmp_path), expected)
+
+
 @pytest.mark.parametrize("size, parallel", [(1, {}), (4, {"tp": 2, "pp": 2})], ids=["one", "tp2-pp2"])
 def test_bitwise_the_same_twice(size, parallel, ranks, tmp_path):
     runs = []

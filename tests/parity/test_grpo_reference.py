@@ -85,19 +85,19 @@ def _update(
     from grpo_mega.inputs import Inputs
     from grpo_mega.monitor.console import Console
     from grpo_mega.parts import Parts
-    from grpo_mega.steps import policy_update
+    from grpo_mega.steps import policy_update, prepare_update
     from grpo_mega.sync.stream import HfDirectory, load_hf
 
     recipe = _recipe(directory, parallel, aggregate, micro_batch_tokens)
     layout = initialize_layout(recipe.parallel, 0)
     hf = AutoConfig.from_pretrained(directory)
     engine = PolicyEngine(hf, recipe.model, recipe.train, layout)
-    parts = Parts(recipe, layout, Console.silent(), Inputs(recipe, scratch_tokenizer()), hf, engine)
+    parts = Parts(recipe, layout, Console.silent(), Inputs(recipe, scratch_tokenizer()), hf, engine, "eager")
     load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
     engine.weights_changed()
     reference = {name: 1.01 * weight for name, weight in engine.copy_weights().items()}
     mine = sequences[layout.rank :: layout.world_size]
-    metrics, _ = policy_update(parts, mine, LR, reference)
+    metrics = policy_update(parts, prepare_update(parts, mine, reference), LR)
     return metrics, {name: tensor.clone() for name, tensor in parts.hf_tensors()}
 
 

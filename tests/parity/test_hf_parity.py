@@ -4,6 +4,7 @@ four ranks."""
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -86,7 +87,8 @@ def _compute(directory: Path, layout_options: dict, sequences: list[TrainSequenc
     bins = plan.bins[layout.dp_rank]
     batches = [pack([sequences[order] for order in bin_], plan.padded_length, device()) for bin_ in bins]
     logprobs = {}
-    for bin_, values in zip(bins, engine.logprobs(batches), strict=False):
+    everywhere = [replace(b, response_mask_T=torch.ones_like(b.response_mask_T)) for b in batches]
+    for bin_, values in zip(bins, engine.logprobs(everywhere), strict=False):
         start = 0
         for order in bin_:
             logprobs[order] = values[start + 1 : start + sequences[order].length]
@@ -99,7 +101,8 @@ def _compute(directory: Path, layout_options: dict, sequences: list[TrainSequenc
 
 
 def _logits(engine, batches, bins, sequences) -> dict[int, torch.Tensor]:
-    """Whole rows of the vocabulary by order, caught where the last stage makes them and gathered over TP."""
+    """Whole rows of the vocabulary by order: the last stage's hidden states through its output layer,
+    gathered over TP."""
     from megatron.core.tensor_parallel import (
         gather_from_sequence_parallel_region,
         gather_from_tensor_model_parallel_region,
@@ -112,9 +115,12 @@ def _logits(engine, batches, bins, sequences) -> dict[int, torch.Tensor]:
     if not last.post_process:
         engine.logprobs(batches)
         return {}
-    hook = last.output_layer.register_forward_hook(lambda m, i, out: caught.append(out[0].detach().clone()))
+    hook = last.decoder.register_forward_hook(lambda m, i, out: caught.append(out.detach().clone()))
     engine.logprobs(batches)
     hook.remove()
+    weight = last.shared_embedding_or_output_weight() if last.share_embeddings_and_output_weights else None
+    with torch.no_grad():
+        caught = [last.output_layer(hidden, weight=weight)[0] for hidden in caught]
     logits = {}
     for bin_, shard in zip(bins, caught, strict=True):
         tokens = gather_from_sequence_parallel_region(shard, group=last.pg_collection.cp)

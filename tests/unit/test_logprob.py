@@ -1,185 +1,241 @@
-"""Log-probabilities and entropies against float64, alone and with the vocabulary split over ranks.
+"""Log-probability, entropy and squared probabilities from hidden states, against dense float64.
 
-# T tokens, V vocabulary columns with their padding
+# T tokens, H hidden, V vocabulary columns with their padding
 """
 
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
-import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_mega.kernels.logprob import vocab_parallel_logprob
+from grpo_mega.errors import UserError
+from grpo_mega.kernels import epilogue
+from grpo_mega.kernels.implementation import Implementation
+from grpo_mega.kernels.logprob import linear_logprob
+from grpo_mega.kernels.logprob_check import check_linear_logprob
 
-Results = tuple[torch.Tensor, torch.Tensor, torch.Tensor]  # log-probs, entropies, gradient of the logits
-
-
-def _problem(tokens: int, vocab: int, padded: int, seed: int, scale: float = 3.0) -> tuple[torch.Tensor, ...]:
-    """Logits, targets, and the gradients that come from above for each of the two results."""
-    generator = torch.Generator().manual_seed(seed)
-    logits_TV = torch.randn(tokens, padded, generator=generator) * scale
-    target_T = torch.randint(vocab, (tokens,), generator=generator)
-    above_2T = torch.randn(2, tokens, generator=generator)
-    return logits_TV, target_T, above_2T
+IMPLEMENTATIONS: tuple[Implementation, ...] = ("eager", "compiled", "triton")
 
 
-def _oracle(logits_TV, target_T, above_2T, temperature: float, vocab: int) -> Results:
-    logits_TV = logits_TV.double().requires_grad_()
-    logp_TV = torch.log_softmax(logits_TV[:, :vocab] / temperature, dim=1)
-    logprob_T = logp_TV.gather(1, target_T[:, None])[:, 0]
-    entropy_T = -(logp_TV.exp() * logp_TV).sum(1)
-    torch.autograd.backward([logprob_T, entropy_T], list(above_2T.double()))
-    assert logits_TV.grad is not None
-    return logprob_T.detach(), entropy_T.detach(), logits_TV.grad
+@dataclass(frozen=True)
+class Problem:
+    hidden_TH: torch.Tensor
+    weight_VH: torch.Tensor
+    target_T: torch.Tensor
+    above_2T: torch.Tensor  # gradients that come from above
+    vocab: int
+    temperature: float = 0.7
+    needed_T: torch.Tensor | None = None
+
+    @classmethod
+    def draw(cls, tokens: int, vocab: int, padding: int = 0, seed: int = 0, scale: float = 1.0) -> Problem:
+        generator = torch.Generator().manual_seed(seed)
+        hidden_TH = torch.randn(tokens, 8, generator=generator)
+        weight_VH = torch.randn(vocab + padding, 8, generator=generator) * scale
+        target_T = torch.randint(vocab, (tokens,), generator=generator)
+        if tokens:
+            target_T[0] = vocab - 1  # the last real column
+        return cls(hidden_TH, weight_VH, target_T, torch.randn(2, tokens, generator=generator), vocab)
 
 
-def _ours(logits_TV, target_T, above_2T, temperature: float, vocab: int, group=None) -> Results:
-    leaf_TV = logits_TV.clone().requires_grad_()
-    logprob_T, entropy_T = vocab_parallel_logprob(leaf_TV, target_T, temperature, vocab, group)
-    torch.autograd.backward([logprob_T, entropy_T], list(above_2T))
-    assert leaf_TV.grad is not None
-    return logprob_T.detach(), entropy_T.detach(), leaf_TV.grad
+Results = tuple[torch.Tensor, ...]  # log-prob, entropy, squared probabilities, gradients of hidden and weight
 
 
-def _assert_equal(ours: Results, expected: Results, atol: float = 2e-5) -> None:
-    for ours_, expected_ in zip(ours, expected, strict=True):
-        torch.testing.assert_close(ours_.double(), expected_, atol=atol, rtol=1e-5)
+def _oracle(problem: Problem) -> Results:
+    hidden_TH, weight_VH = (v.double().requires_grad_() for v in (problem.hidden_TH, problem.weight_VH))
+    logits_TV = (hidden_TH @ weight_VH.t())[:, : problem.vocab] / problem.temperature
+    logp_TV = logits_TV.log_softmax(1)
+    needed_T = torch.ones(len(problem.target_T)) if problem.needed_T is None else problem.needed_T
+    logprob_T = logp_TV.gather(1, problem.target_T[:, None])[:, 0] * needed_T
+    entropy_T = -(logp_TV.exp() * logp_TV).sum(1) * needed_T
+    squared_T = logp_TV.detach().exp().square().sum(1) * needed_T
+    torch.autograd.backward([logprob_T, entropy_T], list(problem.above_2T.double()))
+    assert hidden_TH.grad is not None and weight_VH.grad is not None
+    return logprob_T.detach(), entropy_T.detach(), squared_T, hidden_TH.grad, weight_VH.grad
 
 
-def test_by_hand():
-    # p = (1, 3) / 4: log .75 = -.2876821; entropy .75 ln(4/3) + .25 ln 4 = .2157616 + .3465736 = .5623351
-    logits_TV = torch.tensor([[0.0, math.log(3.0)]])
-    logprob_T, entropy_T = vocab_parallel_logprob(logits_TV, torch.tensor([1]), 1.0, 2)
-    assert (logprob_T.item(), entropy_T.item()) == pytest.approx((-0.2876821, 0.5623351))
-    # temperature .5 squares the odds: p = (1, 9) / 10: log .9 = -.1053605;
-    # .9 * .1053605 + .1 * ln 10 = .3250830
-    logprob_T, entropy_T = vocab_parallel_logprob(logits_TV, torch.tensor([1]), 0.5, 2)
-    assert (logprob_T.item(), entropy_T.item()) == pytest.approx((-0.1053605, 0.3250830))
+def _ours(problem: Problem, implementation: Implementation = "eager", tile: int = 7) -> Results:
+    hidden_TH, weight_VH = (v.clone().requires_grad_() for v in (problem.hidden_TH, problem.weight_VH))
+    logprob_T, entropy_T, squared_T = linear_logprob(
+        hidden_TH,
+        weight_VH,
+        problem.target_T,
+        problem.temperature,
+        real_vocab=problem.vocab,
+        needed_T=problem.needed_T,
+        implementation=implementation,
+        tile=tile,
+    )
+    assert not squared_T.requires_grad
+    torch.autograd.backward([logprob_T, entropy_T], list(problem.above_2T))
+    assert hidden_TH.grad is not None and weight_VH.grad is not None
+    return logprob_T.detach(), entropy_T.detach(), squared_T, hidden_TH.grad, weight_VH.grad
 
 
-@settings(deadline=None, max_examples=60)
+def assert_close(ours: Results, expected: Results, relative: float = 1e-5) -> None:
+    """To the largest magnitude of each result."""
+    for found, wanted in zip(ours, expected, strict=True):
+        if wanted.numel():
+            scale = max(float(wanted.abs().max()), 1.0)
+            assert float((found.double() - wanted.double()).abs().max()) <= relative * scale
+
+
+def test_the_example_by_hand() -> None:
+    # p = (1, 3) / 4: ln .75; .75 ln(4/3) + .25 ln 4; (1 + 9) / 16
+    weight_VH = torch.tensor([[0.0], [math.log(3.0)]])
+    values = linear_logprob(torch.ones(1, 1), weight_VH, torch.tensor([1]), 1.0)
+    assert [v.item() for v in values] == pytest.approx([-0.2876821, 0.5623351, 0.625])
+    # temperature .5 squares the odds: p = (1, 9) / 10
+    values = linear_logprob(torch.ones(1, 1), weight_VH, torch.tensor([1]), 0.5)
+    assert [v.item() for v in values] == pytest.approx([-0.1053605, 0.3250830, 0.82])
+
+
+@settings(max_examples=60)
 @given(
-    st.integers(1, 8),
+    st.integers(0, 8),
     st.integers(1, 40),
     st.integers(0, 9),
+    st.integers(1, 50),
     st.integers(0, 2**31),
     st.sampled_from([0.3, 1.0, 1.7]),
 )
-def test_values_and_gradients_equal_float64(tokens, vocab, padding, seed, temperature):
-    problem = _problem(tokens, vocab, vocab + padding, seed)
-    _assert_equal(_ours(*problem, temperature, vocab), _oracle(*problem, temperature, vocab))
+def test_values_and_gradients_equal_float64(tokens, vocab, padding, tile, seed, temperature) -> None:
+    problem = replace(Problem.draw(tokens, vocab, padding, seed), temperature=temperature)
+    assert_close(_ours(problem, tile=tile), _oracle(problem), 2e-5)
 
 
-@pytest.mark.parametrize("used", [0, 1])
-def test_one_result_alone_has_its_own_gradient(used):
-    """Supervised stages use the log-probability only."""
-    logits_TV, target_T, above_2T = _problem(5, 20, 24, seed=0)
-    above_2T[1 - used] = 0.0
-    leaf_TV = logits_TV.clone().requires_grad_()
-    vocab_parallel_logprob(leaf_TV, target_T, 1.0, 20)[used].backward(above_2T[used])
-    assert leaf_TV.grad is not None
-    expected_TV = _oracle(logits_TV, target_T, above_2T, 1.0, 20)[2]
-    torch.testing.assert_close(leaf_TV.grad.double(), expected_TV, atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("tile", [5, 64])
+def test_every_implementation_equals_float64(implementation: Implementation, tile: int) -> None:
+    problem = replace(Problem.draw(12, 61, 3), needed_T=torch.arange(12) % 3 > 0)
+    assert_close(_ours(problem, implementation, tile), _oracle(problem))
 
 
-def test_padded_columns_do_not_matter():
-    logits_TV, target_T, above_2T = _problem(6, 20, 32, seed=1)
-    expected = _ours(logits_TV[:, :20], target_T, above_2T, 0.7, 20)
-    logits_TV[:, 20:] = 1e4
-    logprob_T, entropy_T, gradient_TV = _ours(logits_TV, target_T, above_2T, 0.7, 20)
-    assert (gradient_TV[:, 20:] == 0.0).all()
-    torch.testing.assert_close((logprob_T, entropy_T, gradient_TV[:, :20]), expected)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_bfloat16_is_rounded_once(implementation: Implementation) -> None:
+    """Logits and sums are float32: only the gradients come back in the format of their tensors."""
+    problem = Problem.draw(12, 61, 3, seed=3)
+    halved = replace(problem, hidden_TH=problem.hidden_TH.bfloat16(), weight_VH=problem.weight_VH.bfloat16())
+    ours, expected = _ours(halved, implementation), _oracle(halved)
+    assert_close(ours[:3], expected[:3])
+    assert ours[3].dtype == ours[4].dtype == torch.bfloat16
+    assert_close(ours[3:], expected[3:], 1e-2)
 
 
-def test_the_logits_of_the_model_are_not_written_over():
-    logits_TV, target_T, _ = _problem(3, 10, 16, seed=2)
-    before_TV = logits_TV.clone()
-    vocab_parallel_logprob(logits_TV, target_T, 1.0, 10)
-    assert torch.equal(logits_TV, before_TV)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("shift", [-1e3, 1e3])
+def test_logits_that_are_all_far_below_or_above_0(implementation: Implementation, shift: float) -> None:
+    problem = Problem.draw(6, 20, 4, seed=1)
+    weight_VH = torch.cat([problem.weight_VH, torch.full((24, 1), shift)], 1)
+    far = replace(problem, hidden_TH=torch.cat([problem.hidden_TH, torch.ones(6, 1)], 1), weight_VH=weight_VH)
+    ours, near = _ours(far, implementation), _ours(problem, implementation)
+    assert_close(ours[:2], near[:2], 1e-3)  # a thousand costs a float32 ten of its bits
+    assert (ours[0] <= 0).all()
 
 
-def test_logits_ten_thousand_apart():
+def test_logits_ten_thousand_apart() -> None:
     # all the mass on column 1: log-probs 0 and -2e4, entropy 0; d logp = onehot - p is 0 on the certain token
-    logits_TV = torch.tensor([[-1e4, 1e4, 0.0]]).repeat(2, 1)
-    target_T = torch.tensor([1, 0])
-    logprob_T, entropy_T, gradient_TV = _ours(logits_TV, target_T, torch.ones(2, 2), 1.0, 3)
+    weight_VH = torch.tensor([[-1e4], [1e4], [0.0]])
+    problem = Problem(torch.ones(2, 1), weight_VH, torch.tensor([1, 0]), torch.ones(2, 2), 3, 1.0)
+    logprob_T, entropy_T, squared_T, _, gradient_VH = _ours(problem, tile=2)
     assert logprob_T.tolist() == [0.0, -2e4]
     assert entropy_T.tolist() == [0.0, 0.0]
-    assert gradient_TV.tolist() == [[0.0, 0.0, 0.0], [1.0, -1.0, 0.0]]
+    assert squared_T.tolist() == [1.0, 1.0]
+    assert gradient_VH.flatten().tolist() == [1.0, -1.0, 0.0]
 
 
-def test_a_column_of_minus_infinity_has_probability_0():
-    # what is left is p = (1, 3) / 4
-    logits_TV = torch.tensor([[0.0, -math.inf, math.log(3.0)]])
-    logprob_T, entropy_T, gradient_TV = _ours(logits_TV, torch.tensor([2]), torch.ones(2, 1), 1.0, 3)
-    assert (logprob_T.item(), entropy_T.item()) == pytest.approx((-0.2876821, 0.5623351))
-    assert gradient_TV.isfinite().all() and gradient_TV[0, 1] == 0.0
-
-
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=40)
 @given(st.integers(0, 2**31), st.sampled_from([1e-3, 1.0, 30.0, 1e4]), st.sampled_from([0.1, 1.0]))
-def test_a_logprob_is_never_positive_nor_an_entropy_negative(seed, scale, temperature):
-    problem = _problem(16, 33, 40, seed, scale)
-    logprob_T, entropy_T, gradient_TV = _ours(*problem, temperature, 33)
+def test_a_logprob_is_never_positive_nor_an_entropy_negative(seed, scale, temperature) -> None:
+    problem = replace(Problem.draw(16, 33, 7, seed, scale), temperature=temperature)
+    logprob_T, entropy_T, squared_T, *gradients = _ours(problem)
     assert (logprob_T <= 0.0).all() and logprob_T.isfinite().all()
     # entropy is a difference of two float32 numbers of at most ln 33 = 3.5
-    assert (entropy_T >= -1e-6).all() and (entropy_T <= math.log(33) + 1e-5).all()
-    assert gradient_TV.isfinite().all()
+    assert (entropy_T >= -1e-5).all() and (entropy_T <= math.log(33) + 1e-5).all()
+    assert (squared_T > 0).all() and (squared_T <= 1.0 + 1e-5).all()
+    assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-def test_bfloat16_logits_lose_nothing_but_the_gradient_s_last_bits():
-    logits_TV, target_T, above_2T = _problem(8, 50, 64, seed=3)
-    logits_TV = logits_TV.bfloat16()
-    ours = _ours(logits_TV, target_T, above_2T, 0.8, 50)
-    expected = _oracle(logits_TV, target_T, above_2T, 0.8, 50)
-    assert ours[0].dtype == ours[1].dtype == torch.float32 and ours[2].dtype == torch.bfloat16
-    _assert_equal(ours[:2], expected[:2])
-    # bfloat16 keeps 8 bits: half a unit in the last place is 2^-9 of the number
-    torch.testing.assert_close(ours[2].double(), expected[2], atol=1e-7, rtol=2**-8)
+def test_padding_has_no_probability_and_no_gradient() -> None:
+    problem = Problem.draw(6, 20, 12, seed=1)
+    problem.weight_VH[20:] = 1e4
+    ours = _ours(problem)
+    assert_close(ours, _oracle(problem))
+    assert (ours[4][20:] == 0.0).all()
 
 
-def test_no_tokens_at_all():
-    logprob_T, entropy_T = vocab_parallel_logprob(
-        torch.zeros(0, 8), torch.zeros(0, dtype=torch.int64), 1.0, 8
+def test_rows_that_are_not_needed_cost_nothing_and_are_0() -> None:
+    problem = replace(Problem.draw(6, 20), needed_T=torch.tensor([True, False, True, False, False, True]))
+    problem.hidden_TH[1] = torch.nan  # never looked at
+    logprob_T, entropy_T, squared_T, gradient_TH, gradient_VH = _ours(problem)
+    unneeded = [1, 3, 4]
+    for values in (logprob_T, entropy_T, squared_T, gradient_TH):
+        assert not values[unneeded].any()
+    assert gradient_VH.isfinite().all()
+
+
+def test_one_result_alone_has_its_own_gradient() -> None:
+    """Supervised stages use the log-probability only; rows of zero gradient are dropped."""
+    problem = Problem.draw(5, 20, 4)
+    problem.above_2T[1] = 0.0
+    problem.above_2T[0, 2] = 0.0
+    assert_close(_ours(problem), _oracle(problem))
+
+
+class _Weight(torch.nn.Parameter):
+    """A parameter inside Megatron's data-parallel wrapper."""
+
+    main_grad: torch.Tensor
+    grad_added_to_main_grad: bool
+    zero_out_wgrad: bool
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_weight_gradient_goes_straight_into_main_grad(tied: bool) -> None:
+    """On top of what is there. A tied weight gets zeros from autograd, to which its embedding's part is
+    added."""
+    problem = Problem.draw(5, 20, 4)
+    weight_VH = _Weight(problem.weight_VH.bfloat16())
+    weight_VH.main_grad = torch.ones(24, 8)
+    weight_VH.grad_added_to_main_grad = False
+    if tied:
+        weight_VH.zero_out_wgrad = True
+    halved = replace(problem, weight_VH=weight_VH.detach(), hidden_TH=problem.hidden_TH.bfloat16())
+    values = linear_logprob(
+        halved.hidden_TH, weight_VH, problem.target_T, problem.temperature, real_vocab=20, tile=7
     )
-    assert logprob_T.shape == entropy_T.shape == (0,)
+    torch.autograd.backward(values[:2], list(problem.above_2T))
+    assert weight_VH.grad_added_to_main_grad
+    assert_close((weight_VH.main_grad - 1.0,), _oracle(halved)[4:], 1e-2)
+    if tied:
+        assert weight_VH.grad is not None and not weight_VH.grad.any()
 
 
-def _ours_on_shard(problem: tuple[torch.Tensor, ...], temperature: float, vocab: int) -> Results:
-    from grpo_mega.engine.parallel import initialize_process_group
-
-    initialize_process_group()
-    logits_TV, target_T, above_2T = problem
-    shard_TV = logits_TV.chunk(dist.get_world_size(), dim=1)[dist.get_rank()]
-    return _ours(shard_TV, target_T, above_2T, temperature, vocab, dist.group.WORLD)
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_before_a_run_passes(implementation: Implementation, dtype: torch.dtype) -> None:
+    worst = check_linear_logprob(implementation, torch.device("cpu"), dtype)
+    assert worst < (1e-5 if dtype == torch.float32 else 1e-2)
 
 
-@pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize(
-    ("vocab", "padded"),
-    [
-        (32, 32),
-        (29, 32),  # padding inside the last shard
-        (8, 32),  # shards of padding only: the last of two, or the last three of four (or two, as 8 / 8)
-        (3, 32),
-    ],
-)
-def test_a_split_vocabulary_equals_a_whole_one(size, vocab, padded, ranks):
-    logits_TV, target_T, above_2T = _problem(24, vocab, padded, seed=vocab)
-    logits_TV[:, vocab:] = 1e4
-    # targets at both ends of the vocabulary, and with them at both ends of shards
-    target_T[:4] = torch.tensor(
-        [0, vocab - 1, min(vocab - 1, padded // size), min(vocab, padded // size) - 1]
-    )
-    problem = logits_TV, target_T, above_2T
-    expected = _oracle(*problem, 0.7, vocab)
-    shards = ranks(size).run(_ours_on_shard, problem, 0.7, vocab)
-    gradient_TV = torch.cat([gradient for _, _, gradient in shards], dim=1)
-    assert (gradient_TV[:, vocab:] == 0.0).all()
-    for logprob_T, entropy_T, _ in shards:
-        _assert_equal((logprob_T, entropy_T, gradient_TV), expected)
-        assert (logprob_T <= 0.0).all()
+@pytest.mark.parametrize("not_a_number", [False, True])
+def test_the_check_names_what_is_wrong(not_a_number: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that forgets the last column of a tile, as one that mishandles its tail would; one that makes
+    no numbers."""
+    right = epilogue.epilogue_of("eager")
+
+    def fold(x_NK: torch.Tensor, column_N: torch.Tensor, statistics: epilogue.Statistics) -> None:
+        right.fold(x_NK[:, :-1].contiguous(), column_N, statistics)
+        if not_a_number:
+            statistics.values_5N.fill_(torch.nan)
+
+    wrong = epilogue.Epilogue(fold, right.differentiate)
+    monkeypatch.setattr("grpo_mega.kernels.logprob.epilogue_of", lambda implementation: wrong)
+    with pytest.raises(UserError, match=r"log-probabilities are wrong: the .* is off by") as caught:
+        check_linear_logprob("eager", torch.device("cpu"), torch.float32)
+    assert "train.kernels: eager" in str(caught.value)

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from grpo_mega.monitor import histogram
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, merge, min_of, reduce
 
 NUMBERS = [[1.0, 2.0, 3.0], [10.0], []]  # three micro-batches, one of them over nothing
@@ -133,3 +134,50 @@ def _reduce_alone() -> dict[str, float]:
 
 def test_without_a_group_each_rank_speaks_for_itself(ranks):
     assert [metrics["mean"] for metrics in ranks(2).run(_reduce_alone)] == [0.0, 1.0]
+
+
+def _moments_of(values: list[float]) -> dict[str, Metric]:
+    """What adds up to variances, root mean squares and correlations, and histograms of the same numbers."""
+    x = torch.tensor(values, dtype=torch.float64)
+    y = x**3
+    count = torch.tensor(float(len(values)))
+    pair = torch.stack([(x - 1).sum(), (x - 1).square().sum()])  # about any constant
+    counts = histogram.counts(x, torch.ones_like(x, dtype=torch.bool))
+    return {
+        "variance": Metric(pair, count, "variance"),
+        "std": Metric(pair, count, "std"),
+        "rms": Metric(x.square().sum(), count, "rms"),
+        "correlation": Metric(torch.stack([x.sum(), y.sum(), x @ x, y @ y, x @ y]), count, "correlation"),
+        "p99": Metric(counts, count, "p99"),
+        "abs_p99": Metric(counts, count, "abs_p99"),
+    }
+
+
+def test_variances_and_correlations_are_those_of_the_whole():
+    """Not means of what each part has: 1, 2, 3 and 10 have mean 4 and variance (9 + 4 + 1 + 36) / 4 =
+    12.5."""
+    reduced = reduce(merge(map(_moments_of, NUMBERS)))
+    x = torch.tensor([1.0, 2.0, 3.0, 10.0], dtype=torch.float64)
+    assert reduced["variance"] == pytest.approx(12.5)
+    assert reduced["std"] == pytest.approx(12.5**0.5)
+    assert reduced["rms"] == pytest.approx((114 / 4) ** 0.5)
+    assert reduced["correlation"] == pytest.approx(float(torch.corrcoef(torch.stack([x, x**3]))[0, 1]))
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e-2, 1.0, 30.0])
+def test_quantiles_merge_to_the_width_of_a_bin(scale):
+    values = (torch.randn(20000, generator=torch.Generator().manual_seed(0)) * scale).tolist()
+    reduced = reduce(merge(_moments_of(values[part::3]) for part in range(3)))
+    exact = torch.tensor(values)
+    assert reduced["p99"] == pytest.approx(float(exact.quantile(0.99)), rel=0.02)
+    assert reduced["abs_p99"] == pytest.approx(float(exact.abs().quantile(0.99)), rel=0.02)
+
+
+def test_a_quantile_of_zeros_and_of_negative_numbers():
+    assert reduce(_moments_of([0.0] * 5))["p99"] == 0.0
+    assert reduce(_moments_of([-2.0] * 5))["p99"] == pytest.approx(-2.0, rel=0.02)
+    assert reduce(_moments_of([-2.0] * 5))["abs_p99"] == pytest.approx(2.0, rel=0.02)
+
+
+def test_the_correlation_with_a_constant_is_no_number():
+    assert "correlation" not in reduce(_moments_of([2.0, 2.0, 2.0]))

@@ -14,7 +14,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_mega.algo.objective import Denominators, PolicyLoss, PolicyLossOutput, kl_penalty
+from grpo_mega.algo.aggregate import Denominators
+from grpo_mega.algo.objective import PolicyLoss, PolicyLossOutput, kl_penalty
 from grpo_mega.monitor.metrics import merge, reduce
 
 AGGREGATES = ("token-mean", "seq-mean-token-sum", "seq-mean-token-mean", "seq-mean-token-sum-norm")

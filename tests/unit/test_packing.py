@@ -20,7 +20,8 @@ def _load(orders: tuple[int, ...], lengths: dict[int, int]) -> int:
 
 
 def _sequence(token_ids: list[int], prompt_length: int, logprobs: list[float], advantage: float = 0.0):
-    return TrainSequence(0, np.array(token_ids), prompt_length, np.array(logprobs, np.float32), advantage)
+    sampled = np.array(logprobs, np.float32)
+    return TrainSequence(0, "made/0", np.array(token_ids), prompt_length, sampled, advantage)
 
 
 def test_plan_by_hand():

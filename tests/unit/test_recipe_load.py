@@ -87,7 +87,7 @@ def test_null_takes_an_inherited_value_back() -> None:
 def test_an_empty_block_takes_inherited_innovations_back() -> None:
     write("ema.yaml", MINIMAL + "loss: {innovations: {ema: {beta: .9}}}\n")
     recipe = load_recipe(write("plain.yaml", "defaults: ema.yaml\nloss: {innovations: {}}\n")).recipe
-    assert recipe.loss.innovations == {}
+    assert recipe.loss.innovations.model_dump() == {}
 
 
 def test_environment_references(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,8 +67,15 @@ RECIPES = st.builds(
     stages=st.lists(
         st.sampled_from([{"sft": {}}, {"grpo": {"lr": 1e-7}}, {"sft": {"steps": 3}}]), min_size=1, max_size=3
     ),
-    innovations=st.dictionaries(
-        st.sampled_from(["ema", "sca"]), st.none() | st.just({"beta": 0.9}), max_size=2
+    innovations=st.fixed_dictionaries(
+        {},
+        optional={
+            "ema": st.none() | st.fixed_dictionaries({"beta": st.floats(1e-6, 1.0)}),
+            "gspo": st.none() | st.just({"level": "token"}),
+            "sca": st.none() | st.fixed_dictionaries({"markers": st.tuples(TEXT, TEXT, TEXT, TEXT)}),
+            "ptrw": st.none() | st.fixed_dictionaries({"sigma": FLOATS, "legacy": st.booleans()}),
+            "gradient_adaptive": st.just(False),
+        },
     ),
 )
 KEYS = st.sampled_from(["a", "b", "c"])
