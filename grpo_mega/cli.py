@@ -12,7 +12,8 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from grpo_mega import launch, loss_commands
+from grpo_mega import doctor, launch, loss_commands
+from grpo_mega.checkpoints import complete_checkpoints
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape, local_model_directory
 from grpo_mega.plan import check_layout, check_world_size, make_plan, render_plan
@@ -25,7 +26,8 @@ RUN_RESULTS = ("metrics.jsonl", "checkpoints", "hf")
 """What makes a directory hold a run: the other files are there before the first step is done."""
 RUN_FILES = (
     *(RECIPE_FILE, "metrics.jsonl", "events.jsonl", "curves.png", "report.html"),
-    *("init", "checkpoints", "logs", "wandb", "hf"),
+    *("init", "checkpoints", "logs", "wandb", "wandb_backup", "wandb_sync_state.json", "tensorboard", "hf"),
+    *("replay", "diagnosis.json"),
 )
 """Everything a run writes, and therefore all that --overwrite removes."""
 
@@ -62,7 +64,7 @@ def train(
     recipe_path: RecipePath,
     overrides: Overrides = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved recipe and stop.")] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest sound checkpoint.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Remove the run that is there.")] = False,
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress: evaluations and messages only.")
@@ -82,10 +84,13 @@ def train(
     if launch.is_lead():
         prepare_run_dir(recipe, resume=resume, overwrite=overwrite)
 
+    # A run that died before its first checkpoint starts again: who requeues a job need not look.
+    goes_on = resume and bool(complete_checkpoints(recipe.run.dir / "checkpoints"))
+
     def worker() -> None:
         from grpo_mega.train import run
 
-        run(recipe, resume=resume, quiet=quiet)
+        run(recipe, resume=goes_on, quiet=quiet)
 
     _start(recipe, worker, verbose)
 
@@ -182,6 +187,7 @@ def report(run: RunPath) -> None:
 
 app.command("check-loss")(loss_commands.check_loss)
 app.command("bench")(loss_commands.bench)
+app.command("doctor")(doctor.doctor)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -231,11 +237,11 @@ def prepare_run_dir(recipe: Recipe, *, resume: bool, overwrite: bool) -> None:
     directory = recipe.run.dir
     if overwrite:
         _remove_run(recipe)
-    elif resume and not (directory / "checkpoints" / "latest").is_file():
+    elif resume and not (directory / RECIPE_FILE).is_file():
         raise UserError(
-            f"{directory} holds no checkpoint to resume from",
+            f"{directory} holds no run to resume",
             where="run.dir",
-            law="--resume goes on from the newest checkpoint",
+            law="--resume goes on from the newest checkpoint of a run, or from its start while there is none",
             remedy="correct run.dir, or start afresh: --overwrite in place of --resume",
         )
     elif not resume and _holds_run(directory):

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from grpo_mega.data.problem import Source
+from grpo_mega.data.problem import Source, Split
+from grpo_mega.data.selection import Catalogue, Selection, options_key, select, selection_of, with_options
 from grpo_mega.data.sources import open_source
 from grpo_mega.data.stream import PromptStream
 from grpo_mega.errors import UserError
+from grpo_mega.recipe.blocks import DataBlock
+from grpo_mega.recipe.curriculum_block import CurriculumBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.reward.assembly import RewardAssembly
 from grpo_mega.rollout.sampling import SamplingParams
@@ -23,26 +26,67 @@ class Inputs:
 
     recipe: Recipe
     tokenizer: PreTrainedTokenizerBase
+    _streams: dict[tuple[object, ...], PromptStream] = field(default_factory=dict, init=False, repr=False)
+    _sources: dict[tuple[Split, str], Source] = field(default_factory=dict, init=False, repr=False)
+    _catalogues: dict[Split, Catalogue] = field(default_factory=dict, init=False, repr=False)
 
     def check(self) -> None:
         """Whatever is wrong with data, rewards or stop tokens is said now."""
         self.train_prompts(0).prompts_for_step(0, 1)
         if self.evaluates:
             self.eval_problems.prompt(0)
+        self.check_curriculum(self.recipe.curriculum)
         assert self.rewards and self.sampling
+
+    def check_curriculum(self, curriculum: CurriculumBlock) -> None:
+        """Every stage has problems: said now, not when the run gets there."""
+        if curriculum.kind == "none":
+            return
+        for stage in curriculum.resolved_stages:
+            try:
+                self.train_prompts(0, selection_of(stage)).prompts_for_step(0, 1)
+                if curriculum.eval_follows and self.evaluates:
+                    self.eval_prompts(selection_of(stage)).prompt(0)
+            except UserError as error:
+                where = f"curriculum stage {stage.name!r}" + (f", {error.where}" if error.where else "")
+                raise UserError(error.what, where=where, law=error.law, remedy=error.remedy) from error
 
     @cached_property
     def rewards(self) -> RewardAssembly:
-        return RewardAssembly(self.recipe.reward)
+        return RewardAssembly(self.recipe.reward, hidden=[self.recipe.run.dir])
 
-    @cached_property
-    def _train_source(self) -> Source:
-        return open_source(self.recipe.data, "train", self.recipe.seed)
+    def train_prompts(self, stage_index: int, selection: Selection | None = None) -> PromptStream:
+        """Each stage goes through the training problems, or those selected, in an order of its own."""
+        return self._prompts("train", self.stage_seed(stage_index), selection)
 
-    def train_prompts(self, stage_index: int) -> PromptStream:
-        """Each stage goes through the training problems in an order of its own."""
-        seed = self.stage_seed(stage_index)
-        return PromptStream(self._train_source, self.tokenizer, self.recipe.data, seed, "train")
+    def eval_prompts(self, selection: Selection | None = None) -> PromptStream:
+        """Held-out problems: all, or those selected."""
+        return self._prompts("eval", self.recipe.seed, selection)
+
+    def _prompts(self, split: Split, seed: int, selection: Selection | None) -> PromptStream:
+        """Made once: who asks at every step pays for the selection at the first."""
+        selection = Selection() if selection is None else selection
+        data = with_options(self.recipe.data, selection)
+        key = (split, seed, options_key(data), selection.levels, selection.complexity)
+        if key not in self._streams:
+            source = self._source(split, data)
+            if selection.filters:
+                source = select(source, selection, self._catalogue(split, source))
+            self._streams[key] = PromptStream(source, self.tokenizer, data, seed, split)
+        return self._streams[key]
+
+    def _source(self, split: Split, data: DataBlock) -> Source:
+        """Opened once for each split and each set of a generated task's options."""
+        key = (split, options_key(data))
+        if key not in self._sources:
+            self._sources[key] = open_source(data, split, self.recipe.seed)
+        return self._sources[key]
+
+    def _catalogue(self, split: Split, source: Source) -> Catalogue:
+        """A file has one source a split, whatever is selected of it."""
+        if split not in self._catalogues:
+            self._catalogues[split] = Catalogue(source)
+        return self._catalogues[split]
 
     def stage_seed(self, stage_index: int) -> int:
         """Distinct for every (seed, stage) while there are fewer than 1009 stages."""
@@ -56,8 +100,7 @@ class Inputs:
 
     @cached_property
     def eval_problems(self) -> PromptStream:
-        source = open_source(self.recipe.data, "eval", self.recipe.seed)
-        return PromptStream(source, self.tokenizer, self.recipe.data, self.recipe.seed, "eval")
+        return self.eval_prompts()
 
     @cached_property
     def sampling(self) -> SamplingParams:

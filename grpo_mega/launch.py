@@ -4,7 +4,8 @@
 `run_distributed(worker, world_size, command)` either starts `python <command>` for each rank and waits, or,
 in a process that is a rank already (started so, or by torchrun or srun), calls `worker`.
 
-Exit codes: 0 done; 1 an unexpected exception; 2 a UserError; 128 + n signal n (130 Ctrl-C, 143 SIGTERM).
+Exit codes: 0 done; 1 an unexpected exception; 2 a UserError; 85 saved on request (see `preemption`); 128 + n
+signal n (130 Ctrl-C, 143 SIGTERM).
 
 Who speaks: a rank that fails leaves a report in the launch folder, and the parent prints the one that caused
 the others. Under torchrun there is no such parent: the first rank to fail prints, the others stay quiet.
@@ -34,14 +35,13 @@ from typing import NoReturn
 import psutil
 
 from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError
-from grpo_mega.lifetime import die_with_parent
+from grpo_mega.lifetime import LAUNCH_FOLDER, REQUEUE_EXIT_CODE, die_with_parent, note
 from grpo_mega.monitor.console import print_error, print_plain
 
 CRASH_EXIT_CODE = 1
 FAILURE_GRACE_SECONDS = 10
 """How long a rank may outlive one that failed before it is killed."""
 
-_FOLDER = "GRPO_MEGA_LAUNCH_FOLDER"
 _PARENT = "GRPO_MEGA_LAUNCH_PARENT"
 _TORCHRUN_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK"}
 _STALE_CLAIM_SECONDS = 60
@@ -62,7 +62,7 @@ class Interrupted(BaseException):
 
     def __init__(self, number: int):
         super().__init__(number)
-        self.exit_code = 128 + number
+        self.exit_code = REQUEUE_EXIT_CODE if number == signal.SIGUSR1 else 128 + number
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def inside_launcher() -> bool:
 
 def is_lead() -> bool:
     """Whether this process does what is done once: the parent, a lone process, or rank 0 of torchrun."""
-    if _FOLDER in os.environ:
+    if LAUNCH_FOLDER in os.environ:
         return False
     return not inside_launcher() or os.environ.get("RANK", "0") == "0"
 
@@ -126,8 +126,8 @@ def guarded(body: Callable[[], int]) -> int:
         return interruption.exit_code
     except Exception as error:
         code = _fail(error, is_rank)
-    if code == 0 and _FOLDER in os.environ:
-        _note("done").touch()
+    if code == 0 and LAUNCH_FOLDER in os.environ:
+        note("done").touch()
     return code
 
 
@@ -139,15 +139,11 @@ def _enter_worker() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_DFL)
     faulthandler.enable()
-    if _FOLDER in os.environ:
+    if LAUNCH_FOLDER in os.environ:
         die_with_parent(int(os.environ[_PARENT]))
-        _note("pid").write_text(str(os.getpid()))
+        note("pid").write_text(str(os.getpid()))
     elif "TORCHELASTIC_RUN_ID" in os.environ:
         die_with_parent()
-
-
-def _note(kind: str) -> Path:
-    return Path(os.environ[_FOLDER]) / f"{os.environ['RANK']}.{kind}"
 
 
 def _fail(error: Exception, is_rank: bool) -> int:
@@ -159,10 +155,10 @@ def _fail(error: Exception, is_rank: bool) -> int:
         return _exit_code(user_error)
     rank = int(os.environ["RANK"])
     report = _Report(rank, user_error, text, lost_peer=not user_error and _is_lost_peer(error))
-    if _FOLDER in os.environ:
-        draft = _note("draft")
+    if LAUNCH_FOLDER in os.environ:
+        draft = note("draft")
         draft.write_text(json.dumps(asdict(report)))
-        draft.rename(_note("report"))  # the parent never reads half a report
+        draft.rename(note("report"))  # the parent never reads half a report
     elif _claim_failure():
         _print_report(report)
     _leave(_exit_code(user_error))
@@ -227,7 +223,7 @@ def _raise_on_signals() -> None:
             signal.signal(other, signal.SIG_IGN)
         raise Interrupted(number)
 
-    candidates = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    candidates = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
     # nohup and background shells have told us to ignore some.
     ending = [number for number in candidates if signal.getsignal(number) is not signal.SIG_IGN]
     for number in ending:
@@ -239,15 +235,35 @@ def _launch(world_size: int, command: Sequence[str], verbose: bool) -> int:
         folder = Path(name)
         reaper = _Reaper(folder)
         # The agent gives its own environment to the ranks.
-        os.environ.update(_quiet_numerics(verbose) | {_FOLDER: name, _PARENT: str(os.getpid())})
+        os.environ.update(_quiet_numerics(verbose) | {LAUNCH_FOLDER: name, _PARENT: str(os.getpid())})
         reaper.start()
+        _pass_wishes_on(folder)
         try:
             exit_codes = _run_agent(world_size, command, folder, verbose)
         finally:
-            del os.environ[_FOLDER], os.environ[_PARENT]
+            del os.environ[LAUNCH_FOLDER], os.environ[_PARENT]
             reaper.stop()
             _restore_cursor()
         return _explain(folder, world_size, exit_codes, reaper.killed) if exit_codes else 0
+
+
+def _pass_wishes_on(folder: Path) -> None:
+    """A first SIGTERM or SIGUSR1 is a wish that ranks which can save hear of; otherwise it ends the run."""
+    ends = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+
+    def tell(number: int, frame: FrameType | None) -> None:
+        for asked, handler in ends.items():
+            signal.signal(asked, handler)  # a second one is no wish any more
+        savers = [folder / f"{path.stem}.pid" for path in folder.glob("*.saves")]
+        for pid in savers:
+            with suppress(ProcessLookupError):
+                os.kill(int(pid.read_text()), signal.SIGUSR1)
+        if not savers:
+            signal.raise_signal(number)
+
+    for number, handler in ends.items():
+        if handler is not signal.SIG_IGN:
+            signal.signal(number, tell)
 
 
 def _run_agent(world_size: int, command: Sequence[str], folder: Path, verbose: bool) -> dict[int, int]:
@@ -335,6 +351,8 @@ def _restore_cursor() -> None:
 
 def _explain(folder: Path, world_size: int, exit_codes: dict[int, int], killed_by_us: set[int]) -> int:
     """Print the failure that caused the others, and return its exit code."""
+    if REQUEUE_EXIT_CODE in exit_codes.values():
+        return REQUEUE_EXIT_CODE  # the run has said so itself
     reports = [_Report(**json.loads(path.read_text())) for path in folder.glob("*.report")]
     reports.sort(key=lambda report: (report.lost_peer, report.time))
     signalled = [

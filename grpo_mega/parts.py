@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -14,19 +14,22 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from grpo_mega.algo.innovations.sca import Sca
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import Markers
+from grpo_mega.data.selection import Selection
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.engine.device import device, has_gpu
 from grpo_mega.engine.model import DTYPES
 from grpo_mega.engine.parallel import Layout, initialize_layout, initialize_process_group
 from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.engine.scratch import write_scratch_model
-from grpo_mega.evaluation import evaluate
+from grpo_mega.evaluation import Evaluation, evaluate
 from grpo_mega.inputs import Inputs
 from grpo_mega.kernels.implementation import Implementation, choose
 from grpo_mega.kernels.logprob_check import check_linear_logprob
 from grpo_mega.model_shape import local_model_directory
 from grpo_mega.monitor.console import Console
+from grpo_mega.monitor.health import Caps
 from grpo_mega.plan import check_world_size
+from grpo_mega.recipe.blocks import LossBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.local import LocalEngine
 from grpo_mega.self_check import check_policy_loss
@@ -47,6 +50,7 @@ class Parts:
     engine: PolicyEngine
     kernels: Implementation
     missing_uids: int = 0  # samples so far that came without one
+    _steered: dict[Caps, PolicyLoss] = field(default_factory=dict[Caps, PolicyLoss])
 
     @property
     def is_lead(self) -> bool:
@@ -65,9 +69,22 @@ class Parts:
 
     @cached_property
     def policy_loss(self) -> PolicyLoss:
+        return self._policy_loss(self.recipe.loss)
+
+    def steered_loss(self, caps: Caps) -> PolicyLoss:
+        """As the recipe says, within what the guard allows."""
+        if caps.kl_coef is None and caps.clip is None:
+            return self.policy_loss
+        if caps not in self._steered:
+            self._steered[caps] = self._policy_loss(
+                self.recipe.loss.steered(kl_coef=caps.kl_coef, clip=caps.clip)
+            )
+        return self._steered[caps]
+
+    def _policy_loss(self, block: LossBlock) -> PolicyLoss:
         """A number that is not finite makes the gradient so, and then no rank's weights move."""
         return PolicyLoss(
-            self.recipe.loss,
+            block,
             default_norm_length=self.recipe.rollout.max_new_tokens,
             implementation=self.kernels,
             reject_not_finite=False,
@@ -110,13 +127,12 @@ class Parts:
         """The sampler takes the policy's weights."""
         self.sampler.load(self.hf_tensors())
 
-    def evaluate(self) -> dict[str, float]:
-        """The sampler's current weights on held-out problems."""
+    def evaluate(self, selection: Selection | None = None) -> Evaluation:
+        """The sampler's current weights on held-out problems: all, or those selected."""
         block, inputs = self.recipe.eval, self.inputs
         params = replace(inputs.sampling, temperature=block.temperature)
-        return evaluate(
-            self.sampler, inputs.eval_problems, inputs.rewards, params, block, self.layout, self.recipe.seed
-        )
+        problems = inputs.eval_prompts(selection)
+        return evaluate(self.sampler, problems, inputs.rewards, params, block, self.layout, self.recipe.seed)
 
     def export(self, directory: Path) -> None:
         write_hf_directory(self.hf_tensors(), self.hf, self.inputs.tokenizer, directory, write=self.is_lead)

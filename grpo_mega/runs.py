@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from grpo_mega.engine.checkpoint import find_checkpoint, load_weights
+from grpo_mega.checkpoints import candidates
+from grpo_mega.engine.checkpoint import load_weights, sound_checkpoint
 from grpo_mega.engine.parallel import shutdown
 from grpo_mega.errors import UserError
 from grpo_mega.parts import Parts, build
@@ -23,7 +24,7 @@ def evaluate_run(recipe: Recipe, step: int | None = None) -> None:
         )
     parts.sync_weights()
     with parts.console.phase("evaluating"):
-        metrics = parts.evaluate()
+        metrics = parts.evaluate().metrics
     for name, value in metrics.items():
         parts.console.say(f"{name} {value:.6g}")
     shutdown()
@@ -38,8 +39,11 @@ def export_run(recipe: Recipe, out: Path, step: int | None = None) -> None:
 
 
 def _with_checkpoint(recipe: Recipe, step: int | None, *, check_inputs: bool) -> Parts:
-    directory = find_checkpoint(recipe.run.dir / "checkpoints", step)
+    candidates(
+        recipe.run.dir / "checkpoints", step
+    )  # a step that is not there is said before the model is built
     parts = build(recipe, fresh=False, check_inputs=check_inputs)
-    with parts.console.phase(f"loading {directory.name}"):
-        load_weights(parts.engine, directory)
+    folder = sound_checkpoint(recipe.run.dir / "checkpoints", parts.console.say, step)
+    with parts.console.phase(f"loading {folder.name}"):
+        load_weights(parts.engine, folder)
     return parts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
@@ -14,9 +14,11 @@ import torch.distributed as dist
 
 from grpo_mega.algo.advantage import StepMoments, group_advantages, normalised
 from grpo_mega.algo.aggregate import Denominators
+from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import batch_segments
 from grpo_mega.batching import distribute
 from grpo_mega.data.stream import PromptStream
+from grpo_mega.drift import Suspect, drift_metrics, not_finite, probe
 from grpo_mega.engine.device import device
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
@@ -82,9 +84,28 @@ def _likelihood_loss(counts: Denominators) -> LossFunction:
     return loss
 
 
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """How a policy step is taken: what the recipe says, within what the guard allows."""
+
+    lr: float
+    policy_loss: PolicyLoss
+    reference: Weights | None  # of the KL penalty; None: there is none
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyStep:
+    """What became of a policy step. `suspects` are this rank's tokens that moved furthest; `skipped` is the
+    last update, where it was not applied."""
+
+    metrics: dict[str, float]
+    suspects: list[Suspect]
+    skipped: PolicyBatch | None
+
+
 def grpo_step(
-    parts: Parts, prompts: PromptStream, stage_index: int, step: int, lr: float, reference: Weights | None
-) -> dict[str, float]:
+    parts: Parts, prompts: PromptStream, stage_index: int, step: int, steering: Steering
+) -> PolicyStep:
     """Sample groups, score them against each other, move the policy, hand the sampler its weights."""
     recipe, layout, watch = parts.recipe, parts.layout, Stopwatch()
     with watch.phase("rollout"):
@@ -105,19 +126,34 @@ def grpo_step(
             parts.warn_of_missing_uids(unnamed)
         reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD)
         _add_reward_std(reported)
+        reported |= component_means(scores, parts.inputs.rewards.weights)
     samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     per_update = samples // recipe.train.updates_per_batch  # whole groups: a law of the recipe
     with watch.phase("train"):
         updates = [
-            prepare_update(parts, [s for s in sequences if first <= s.order < first + per_update], reference)
+            prepare_update(
+                parts, [s for s in sequences if first <= s.order < first + per_update], steering.reference
+            )
             for first in range(0, samples, per_update)
         ]
-        trained = [policy_update(parts, update, lr) for update in updates]
+        trained = [policy_update(parts, update, steering) for update in updates]
     # Of several updates the last one is reported; sampler and trainer had the same weights before the first.
     reported |= trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
+    reported["actor/update_skipped"] = max(update["actor/update_skipped"] for update in trained)
+    with watch.phase("probe"):
+        guard, temperature = recipe.guard, recipe.rollout.temperature
+        not_applied = [made["actor/update_skipped"] > 0 for made in trained]
+        skipped = updates[not_applied.index(True)] if any(not_applied) else None
+        if skipped:
+            suspects = not_finite(parts.engine, skipped.batches, temperature)
+        else:
+            last = updates[-1].batches
+            drift, suspects = probe(parts.engine, last, temperature, guard.probe_tokens, guard.level)
+            reported |= drift
     with watch.phase("sync"):
         parts.sync_weights()
-    return {**reported, **watch.metrics(sum(update.counts.tokens for update in updates))}
+    tokens = sum(update.counts.tokens for update in updates)
+    return PolicyStep({**reported, **watch.metrics(tokens)}, suspects, skipped)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +190,12 @@ def _with(batches: list[PackedBatch], name: str, values: list[torch.Tensor]) -> 
     return [replace(batch, **{name: value}) for batch, value in zip(batches, values, strict=True)]
 
 
-def policy_update(parts: Parts, update: PolicyBatch, lr: float) -> dict[str, float]:
+def policy_update(parts: Parts, update: PolicyBatch, steering: Steering) -> dict[str, float]:
     """One optimizer step."""
+    policy_loss, level = steering.policy_loss, parts.recipe.guard.level
 
     def loss(outputs: TokenOutputs, batch: PackedBatch) -> LossTerms:
-        output = parts.policy_loss(
+        output = policy_loss(
             outputs.logprobs_T,
             batch.sampler_logprobs_T,
             batch.advantages_B,
@@ -172,11 +209,13 @@ def policy_update(parts: Parts, update: PolicyBatch, lr: float) -> dict[str, flo
             segments_T=batch.segments_T,
             uids=batch.uids,
         )
-        return LossTerms(output.loss, output.metrics)
+        drift = drift_metrics(outputs.logprobs_T, batch, level)
+        return LossTerms(output.loss, {**output.metrics, **drift})
 
-    metrics, applied = parts.engine.train_step(update.batches, loss, lr, parts.recipe.rollout.temperature)
-    reported = parts.policy_loss.derived(parts.engine.reduce_metrics(metrics))
-    return reported | _update_metrics(applied.applied, applied.grad_norm, lr)
+    temperature = parts.recipe.rollout.temperature
+    metrics, applied = parts.engine.train_step(update.batches, loss, steering.lr, temperature)
+    reported = policy_loss.derived(parts.engine.reduce_metrics(metrics))
+    return reported | _update_metrics(applied.applied, applied.grad_norm, steering.lr)
 
 
 def _update_metrics(applied: bool, grad_norm: float, lr: float) -> dict[str, float]:
@@ -236,6 +275,26 @@ def rollout_metrics(groups: Sequence[Group], scores: Sequence[tuple[Score, ...]]
         "rollout/response_length_max": max_of(lengths, every),
         "rollout/truncated_fraction": mean_of(truncated, every),
     }
+
+
+def component_means(scores: Sequence[tuple[Score, ...]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Each reward's own mean over the samples of all ranks, as it is and as it counts; its parts as they
+    are."""
+    sums: dict[str, tuple[float, int]] = {}
+    for group in scores:
+        for score in group:
+            for name, value in score.components.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + value, count + 1)
+    gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, sums)
+    means: dict[str, float] = {}
+    for name in sorted({name for part in gathered for name in part}):
+        found = [part[name] for part in gathered if name in part]
+        means[f"reward/raw/{name}"] = sum(total for total, _ in found) / sum(count for _, count in found)
+        if name in weights:
+            means[f"reward/weighted/{name}"] = weights[name] * means[f"reward/raw/{name}"]
+    return means
 
 
 def _numbers(values: Sequence[float | bool]) -> torch.Tensor:

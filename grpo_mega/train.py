@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 
-from grpo_mega.engine.checkpoint import (
-    RunState,
-    find_checkpoint,
-    load_checkpoint,
-    load_weights,
-    read_state,
-    save_checkpoint,
-    save_weights,
-)
+from grpo_mega.checkpoints import RunState, read_state
+from grpo_mega.curriculum import Curriculum, state_from_json
+from grpo_mega.data.selection import Selection
+from grpo_mega.data.stream import PromptStream
+from grpo_mega.engine.checkpoint import load_checkpoint, load_weights, sound_checkpoint
 from grpo_mega.engine.optimizer import RateSchedule
 from grpo_mega.engine.parallel import shutdown
 from grpo_mega.engine.policy import Weights
-from grpo_mega.monitor.jsonl import EventsWriter, MetricsWriter
+from grpo_mega.engine.saver import Outcome, Saver
+from grpo_mega.errors import UserError
+from grpo_mega.inference_callback import PASS_RATE_METRIC, EvaluationHistory
+from grpo_mega.journal import Journal
 from grpo_mega.monitor.report import draw_curves
 from grpo_mega.parts import Parts, build
+from grpo_mega.preemption import REQUEUE_EXIT_CODE, Preemption
 from grpo_mega.recipe.blocks import Stage
 from grpo_mega.recipe.schema import Recipe
-from grpo_mega.steps import grpo_step, sft_step
+from grpo_mega.steps import Steering, grpo_step, sft_step
 from grpo_mega.types import StepReport
+from grpo_mega.watch import Watch
 
 
 def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
@@ -33,7 +34,11 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
         checked = parts.check_kernels()
     for line in checked:
         parts.console.say(line)
-    Trainer(parts, resume=resume).run()
+    trainer = Trainer(parts, resume=resume)
+    try:
+        trainer.run()
+    finally:
+        trainer.journal.close()
     with parts.console.phase("exporting to Hugging Face format"):
         parts.export(recipe.run.dir / "hf")
     if parts.is_lead:
@@ -43,31 +48,53 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
 
 
 class Trainer:
-    """Where a run stands and how it goes on. Its only state is `RunState`: all else follows from recipe and
-    weights."""
+    """Where a run stands and how it goes on. `state` and what guard, curriculum and evaluations remember make
+    a checkpoint; all else follows from recipe and weights."""
 
     def __init__(self, parts: Parts, *, resume: bool):
         self.parts, self.recipe = parts, parts.recipe
         self.checkpoints = parts.run_dir / "checkpoints"
         self.state = RunState(step=0, stage_index=0, stage_step=0)
         self.reference: Weights | None = None  # of the KL penalty: the policy as its first GRPO stage began
-        self.events = EventsWriter(parts.run_dir) if parts.is_lead else None
+        self._opened: tuple[tuple[int, Selection | None], PromptStream] | None = None
+        self.saver = Saver(
+            parts.engine,
+            self.checkpoints,
+            keep=self.recipe.checkpoint.keep,
+            keep_best=self.recipe.checkpoint.keep_best,
+            background=self.recipe.checkpoint.background,
+        )
+        self.damage: list[str] = []  # checkpoints passed over
         if resume:
-            self._resume()
-        # a checkpoint is written after its step's evaluation: a resumed run does not repeat that
-        self.evaluated_at = self.state.step if resume else -1
-        self.writer = MetricsWriter(parts.run_dir, self.state.step + resume) if parts.is_lead else None
+            self._load()
+        remembered = self.state.parts
+        self.journal = Journal(parts, resumed_from=self.state.step if resume else None)
+        for text in self.damage:
+            self.journal.event("damage", self.state.step, text)
+        if resume:
+            self.journal.event("resume", self.state.step, f"after step {self.state.step}")
+        self.watch = Watch(parts, self.journal, remembered.get("guard"))
+        self.evaluations = EvaluationHistory()
+        if "evaluations" in remembered:
+            self.evaluations = EvaluationHistory.from_json(remembered["evaluations"])
+        self.curriculum: Curriculum | None = None
+        if self.recipe.curriculum.kind == "staged":
+            where = remembered.get("curriculum")
+            self.curriculum = Curriculum(self.recipe.curriculum, state_from_json(where) if where else None)
 
-    def _resume(self) -> None:
-        directory = find_checkpoint(self.checkpoints)
-        with self.parts.console.phase(f"loading {directory.name}"):
+    def _load(self) -> None:
+        folder = sound_checkpoint(self.checkpoints, self._remember_damage)
+        with self.parts.console.phase(f"loading {folder.name}"):
             reference = self.checkpoints / "reference"
-            if reference.is_dir() and self._past_first_grpo_step(read_state(directory)):
+            if reference.is_dir() and self._past_first_grpo_step(read_state(folder)):
                 load_weights(self.parts.engine, reference)
                 self.reference = self._frozen_weights()
-            self.state = load_checkpoint(self.parts.engine, directory)
+            self.state = load_checkpoint(self.parts.engine, folder)
         self.parts.console.say(f"resumed after step {self.state.step}")
-        self._event("resume", f"from {directory.name}")
+
+    def _remember_damage(self, text: str) -> None:
+        self.parts.console.say(text)
+        self.damage.append(text)
 
     def _past_first_grpo_step(self, state: RunState) -> bool:
         first = next((i for i, stage in enumerate(self.recipe.stages) if stage.grpo), len(self.recipe.stages))
@@ -81,40 +108,63 @@ class Trainer:
         self.parts.sync_weights()
         if self.recipe.eval.at_start and self.state.step == 0:
             self._evaluate(stages[0].kind)
-        for index in range(self.state.stage_index, len(stages)):
-            if index > self.state.stage_index:
-                self.state = replace(self.state, stage_index=index, stage_step=0)
-            self._run_stage(stages[index])
+        with Preemption() as preemption:
+            for index in range(self.state.stage_index, len(stages)):
+                if index > self.state.stage_index:
+                    self.state = replace(self.state, stage_index=index, stage_step=0)
+                self._run_stage(stages[index], preemption)
+            self._tell(self.saver.finish(), is_last=True)
 
-    def _run_stage(self, stage: Stage) -> None:
+    def _run_stage(self, stage: Stage, preemption: Preemption) -> None:
         total = steps_of(self.recipe, stage)
         rate = rate_of(self.recipe, stage)
-        prompts = self.parts.inputs.train_prompts(self.state.stage_index)
-        self._event("stage", f"{stage.kind}, {total} steps")
-        if stage.grpo and self.recipe.loss.kl.coef and self.reference is None:
+        self.journal.event("stage", self.state.step, f"{stage.kind}, {total} steps")
+        if stage.grpo and self._needs_reference and self.reference is None:
             self.reference = self._frozen_weights()
-            save_weights(self.parts.engine, self.checkpoints / "reference")
+            self._tell(self.saver.save_weights(self.checkpoints / "reference"))
         with self.parts.console.stage(stage.kind, total, self.state.stage_step):
             for step in range(self.state.stage_step, total):
-                lr = rate.at(step)
-                if stage.sft:
-                    metrics = sft_step(self.parts, prompts, stage.sft, step, lr)
-                else:
-                    metrics = grpo_step(self.parts, prompts, self.state.stage_index, step, lr, self.reference)
-                self.state = replace(self.state, step=self.state.step + 1, stage_step=step + 1)
-                self._report(stage.kind, metrics)
+                metrics, lines = self._step(stage, step, rate.at(step))
+                report = StepReport(self.state.step, stage.kind, metrics)
+                self.journal.step(report, self.state.stage_step, lines)
                 self._evaluate_if_due(stage, last=step + 1 == total)
                 if step + 1 == total or self._checkpoint_is_due():
                     self._save()
+                self._tell(self.saver.poll())
+                if signal := preemption.asked():
+                    self._leave(signal)
 
-    def _report(self, kind: str, metrics: dict[str, float]) -> None:
-        report = StepReport(self.state.step, kind, metrics)
-        self.parts.console.step(report)
-        if kind == "grpo":
-            for line in self.parts.policy_loss.step_lines(metrics):
-                self.parts.console.detail(line)
-        if self.writer:
-            self.writer.write(report, self.state.stage_step)
+    def _step(self, stage: Stage, step: int, lr: float) -> tuple[dict[str, float], list[str]]:
+        """One step of the stage: what it measured, and lines for the log."""
+        prompts = self._prompts()
+        self.state = replace(self.state, step=self.state.step + 1, stage_step=step + 1)
+        if stage.sft:
+            return sft_step(self.parts, prompts, stage.sft, step, lr), []
+        caps = self.watch.caps
+        policy_loss = self.parts.steered_loss(caps)
+        steering = Steering(
+            lr=lr if caps.lr is None else min(lr, caps.lr),
+            policy_loss=policy_loss,
+            reference=self.reference if policy_loss.config.kl.coef else None,
+        )
+        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering)
+        watched = self.watch.look(self.state.step, made)
+        if self.curriculum:
+            self.curriculum.after_step()
+        return {**made.metrics, **watched}, policy_loss.step_lines(made.metrics)
+
+    def _prompts(self) -> PromptStream:
+        """Pure in the stage and the curriculum's choice: a step's prompts follow from its number."""
+        place = (self.state.stage_index, self.curriculum.selection if self.curriculum else None)
+        if self._opened is None or self._opened[0] != place:
+            self._opened = (place, self.parts.inputs.train_prompts(*place))
+        return self._opened[1]
+
+    @property
+    def _needs_reference(self) -> bool:
+        """The guard may turn a penalty on later, and then it is too late to keep the first policy."""
+        guard = self.recipe.guard
+        return bool(self.recipe.loss.kl.coef) or (guard.autopilot and any(t.kl_coef for t in guard.tiers))
 
     def _evaluate_if_due(self, stage: Stage, *, last: bool) -> None:
         every = self.recipe.eval.every
@@ -124,28 +174,58 @@ class Trainer:
             self._evaluate(stage.kind)
 
     def _evaluate(self, kind: str) -> None:
-        if self.evaluated_at == self.state.step or not self.parts.inputs.evaluates:
+        if self.evaluations.has(self.state.step) or not self.parts.inputs.evaluates:
             return
-        self.evaluated_at = self.state.step
         with self.parts.console.phase("evaluating"):
-            report = StepReport(self.state.step, kind, self.parts.evaluate())
-        self.parts.console.evaluation(report)
-        if self.writer:
-            self.writer.write(report, self.state.stage_step)
+            evaluation = self.parts.evaluate(self.curriculum.eval_selection if self.curriculum else None)
+        self.evaluations = self.evaluations.with_evaluation(self.state.step, evaluation.metrics)
+        pass_rate = evaluation.metrics.get(PASS_RATE_METRIC)
+        asks_others = self.curriculum is not None and self.recipe.curriculum.eval_follows
+        if not asks_others:  # a pass rate of other problems than before is no better or worse
+            self.state = replace(self.state, pass_rate=pass_rate)
+        metrics = {**evaluation.metrics, **self.evaluations.metrics()}
+        if self.curriculum and kind != "sft":
+            line = self.curriculum.hear(pass_rate)
+            metrics |= self.curriculum.metrics()
+            self.journal.say(line)
+            self.journal.event("curriculum", self.state.step, line)
+        report = StepReport(self.state.step, kind, metrics)
+        self.journal.evaluation(report, self.state.stage_step, evaluation)
 
     def _checkpoint_is_due(self) -> bool:
         every = self.recipe.checkpoint.every
         return every > 0 and self.state.stage_step % every == 0
 
-    def _save(self) -> None:
+    def _save(self, *, wait: bool = False) -> None:
+        remembered = {"guard": self.watch.state, "evaluations": self.evaluations.to_json()}
+        if self.curriculum:
+            remembered["curriculum"] = asdict(self.curriculum.state)
         with self.parts.console.phase("saving a checkpoint"):
-            keep = self.recipe.checkpoint.keep
-            path = save_checkpoint(self.parts.engine, self.checkpoints, self.state, keep)
-        self._event("checkpoint", path.name)
+            self._tell(self.saver.save(replace(self.state, parts=remembered), wait=wait), is_last=wait)
 
-    def _event(self, kind: str, message: str) -> None:
-        if self.events:
-            self.events.write(kind, self.state.step, message)
+    def _tell(self, outcomes: list[Outcome], *, is_last: bool = False) -> None:
+        """A checkpoint that could not be written is said, and the run goes on: the one before is whole."""
+        for outcome in outcomes:
+            if outcome.fault is None:
+                self.journal.event("checkpoint", self.state.step, outcome.name, seconds=outcome.seconds)
+                continue
+            self.journal.say(f"no checkpoint {outcome.name}: {outcome.fault}; the one before it stays")
+            self.journal.event("checkpoint failed", self.state.step, outcome.fault)
+            if is_last:
+                raise UserError(
+                    f"the last checkpoint, {outcome.name}, could not be written: {outcome.fault}",
+                    where=str(self.checkpoints),
+                    remedy="make room there; --resume goes on from the checkpoint before",
+                )
+
+    def _leave(self, signal: str) -> None:
+        self.parts.console.say(f"{signal}: saving, then leaving for another start")
+        self._save(wait=True)
+        self.journal.event("preempted", self.state.step, signal)
+        self.journal.close()
+        self.parts.console.say(f"saved after step {self.state.step}; --resume goes on")
+        shutdown()
+        raise SystemExit(REQUEUE_EXIT_CODE)
 
 
 def steps_of(recipe: Recipe, stage: Stage) -> int:

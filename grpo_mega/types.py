@@ -24,7 +24,7 @@ class Prompt:
     """
 
     uid: str
-    index: int  # position in the source
+    index: int  # position in the source, of a selection in the whole source
     text: str
     token_ids: tuple[int, ...]
     answer: str
@@ -66,6 +66,8 @@ class Score:
     total: float
     components: Mapping[str, float]
     pass_rate: float  # 0..1, from the first component that defines one; evaluation averages it
+    passed_tests: int | None = None  # of the same component, where it counts tests
+    total_tests: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

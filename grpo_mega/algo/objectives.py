@@ -29,6 +29,8 @@ class ClipObjective(Surrogate):
     Example: s = 1.5, A = 1 -> 1.2; s = 5, A = -1 -> -3
     """
 
+    clip_ranges = ("low", "high")
+
     low: float = Field(default=0.2, gt=0, lt=1)
     high: float = Field(default=0.2, gt=0)
     """.28 is clip-higher."""
@@ -59,6 +61,8 @@ class GmpoObjective(Surrogate):
 
     Example: ratios 1, e at A = 1, range .4 -> exp((0 + .4) / 2) = 1.221
     """
+
+    clip_ranges = ("low", "high")
 
     low: float = Field(default=0.4, gt=0)
     """Range of the log-ratio below 0."""

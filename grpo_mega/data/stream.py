@@ -9,6 +9,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from grpo_mega.data.problem import Problem, Source, Split, stable_hash
+from grpo_mega.data.selection import SelectedSource
 from grpo_mega.errors import UserError
 from grpo_mega.recipe.blocks import DataBlock
 from grpo_mega.types import Prompt
@@ -55,7 +56,7 @@ class PromptStream:
     """The prompts of one split, epoch after epoch, each epoch in its own order.
 
     uids: "train-17" in the first epoch, "train-17#2" in the second; "train-18@17" is problem 18 in the place
-    of problem 17, which was too long.
+    of problem 17, which was too long. Of a selection, the numbers are those of the whole source.
     """
 
     def __init__(
@@ -66,6 +67,7 @@ class PromptStream:
         self._tokenizer: Any = tokenizer
         self._source, self._data, self._seed, self._split = source, data, seed, split
         self._skips_long = data.source in FILE_SOURCES and data.on_bad_line == "skip"
+        self._whole = source.whole if isinstance(source, SelectedSource) else source
         self._reported: set[int] = set()
 
     def __len__(self) -> int:
@@ -85,7 +87,7 @@ class PromptStream:
             key = self._data.teacher_key
             raise UserError(
                 f"prompt {prompt.uid} has no teacher response, which supervised stages learn from",
-                where=self._source.where(prompt.index),
+                where=self._whole.where(prompt.index),
                 remedy=f"put one under {key!r} or set data.teacher_key, or remove the sft stage"
                 if self._data.source in FILE_SOURCES
                 else "remove the sft stage, or choose a task that has one",
@@ -104,14 +106,15 @@ class PromptStream:
         """Problem `index`, or the next one that is short enough where long ones are skipped."""
         for ahead in range(len(self._source)):
             candidate = (index + ahead) % len(self._source)
-            place = f"@{index}" if ahead else ""
-            uid = f"{self._split}-{candidate}{place}" + (f"#{epoch}" if epoch > 1 else "")
+            number = self._number(candidate)
+            place = f"@{self._number(index)}" if ahead else ""
+            uid = f"{self._split}-{number}{place}" + (f"#{epoch}" if epoch > 1 else "")
             problem = self._source.problem(candidate)
             token_ids = self._tokenize(problem, candidate)
             if len(token_ids) <= self._data.max_prompt_tokens:
                 return Prompt(
                     uid=uid,
-                    index=candidate,
+                    index=number,
                     text=problem.text,
                     token_ids=token_ids,
                     answer=problem.answer,
@@ -124,6 +127,10 @@ class PromptStream:
             where="data.max_prompt_tokens",
             remedy="raise it, or give shorter prompts",
         )
+
+    def _number(self, index: int) -> int:
+        """Of the problem in the whole source: a selection does not rename its problems."""
+        return self._source.whole_index(index) if isinstance(self._source, SelectedSource) else index
 
     def _refuse(self, index: int, uid: str, length: int) -> None:
         limit = self._data.max_prompt_tokens

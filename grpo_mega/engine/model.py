@@ -1,11 +1,13 @@
-"""The policy as a Megatron model: its shape from a Hugging Face config, its layers from the local or
-Transformer Engine spec.
+"""A Hugging Face model as a Megatron model: its shape from the config, its layers from the local or
+Transformer Engine spec; and the policy, which is one.
 
 # T packed tokens of a micro-batch (T / tp under sequence parallelism), H hidden, V vocabulary shard
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,69 +43,46 @@ from grpo_mega.types import PackedBatch
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-class PolicyModel(GPTModel):
-    """One pipeline chunk. The last one returns three numbers for each token instead of logits, so that
-    nothing is ever as wide as the vocabulary."""
+class PackedModel(GPTModel):
+    """One pipeline chunk of a transformer over packed sequences; what its last stage returns is its
+    subclass's."""
 
-    def __init__(
-        self,
-        *args: Any,
-        inv_freq: torch.Tensor,
-        real_vocab: int,
-        thd: bool,
-        kernels: Implementation,
-        **kwargs: Any,
-    ):
+    predicts_tokens = True  # false: the last stage has a head of its own, not the vocabulary's
+
+    def __init__(self, *args: Any, inv_freq: torch.Tensor, thd: bool, **kwargs: Any):
         super().__init__(*args, **kwargs)
         self.rope_inv_freq = inv_freq
-        self.real_vocab = real_vocab
         self.thd = thd
-        self.kernels: Implementation = kernels
 
-    def forward(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
-        """Hidden states [T, 1, H], or on the last stage [3, T] float32: log-probability of `targets_T`,
-        entropy, sum of squared probabilities; 0 where the next token is none of a response's."""
-        here = self._slice_of_this_rank(batch)
+    def hidden_states(self, batch: PackedBatch) -> torch.Tensor:
+        """[T, 1, H] of this rank's tokens."""
+        here = self.slice_of_this_rank(batch)
         embedded = None
         if self.pre_process:
             embedded = self.embedding(
                 input_ids=batch.tokens_T[None, here], position_ids=batch.positions_T[None, here]
             )
-        hidden = self.decoder(
+        return self.decoder(
             hidden_states=embedded,
             attention_mask=None,
             rotary_pos_emb=self._rotary(batch, here),
             packed_seq_params=self._sequences(batch, here),
         )
-        if not self.post_process:
-            return hidden
-        tied = self.share_embeddings_and_output_weights
-        outputs = torch.stack(
-            linear_logprob(
-                hidden[:, 0],
-                self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
-                batch.targets_T[here],
-                temperature,
-                self.pg_collection.tp,
-                real_vocab=self.real_vocab,
-                needed_T=_predicts_a_response(batch)[here],
-                sequence_parallel=self.config.sequence_parallel,
-                implementation=self.kernels,
-            )
-        )
-        if self.config.context_parallel_size == 1:
-            return outputs
-        # Three numbers a token: every rank gets them all and computes the whole loss, of whose gradient it
-        # then keeps its own tokens' part.
-        return gather_from_sequence_parallel_region(
-            outputs.t().contiguous(), tensor_parallel_output_grad=False, group=self.pg_collection.cp
-        ).t()
 
-    def _slice_of_this_rank(self, batch: PackedBatch) -> slice:
+    def slice_of_this_rank(self, batch: PackedBatch) -> slice:
         """Context parallelism cuts the packed tokens, wherever sequences begin or end."""
         size = batch.tokens_T.shape[0] // self.config.context_parallel_size
         rank = self.pg_collection.cp.rank() if self.config.context_parallel_size > 1 else 0
         return slice(rank * size, (rank + 1) * size)
+
+    def gathered_over_cp(self, outputs_T: torch.Tensor) -> torch.Tensor:
+        """A few numbers a token, [T of this rank, ...]: every rank gets them all and computes the whole loss,
+        of whose gradient it then keeps its own tokens' part."""
+        if self.config.context_parallel_size == 1:
+            return outputs_T
+        return gather_from_sequence_parallel_region(
+            outputs_T.contiguous(), tensor_parallel_output_grad=False, group=self.pg_collection.cp
+        )
 
     def _rotary(self, batch: PackedBatch, here: slice) -> torch.Tensor:
         """Angles: for every token its own (local attention), or for every position (Transformer Engine's thd
@@ -125,6 +104,39 @@ class PolicyModel(GPTModel):
             max_seqlen_q=batch.max_seqlen,
             max_seqlen_kv=batch.max_seqlen,
         )
+
+
+class PolicyModel(PackedModel):
+    """Its last stage returns three numbers for each token instead of logits, so that nothing is ever as wide
+    as the vocabulary."""
+
+    def __init__(self, *args: Any, real_vocab: int, kernels: Implementation, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        self.real_vocab = real_vocab
+        self.kernels: Implementation = kernels
+
+    def forward(self, batch: PackedBatch, temperature: float) -> torch.Tensor:
+        """Hidden states [T, 1, H], or on the last stage [3, T] float32: log-probability of `targets_T`,
+        entropy, sum of squared probabilities; 0 where the next token is none of a response's."""
+        hidden = self.hidden_states(batch)
+        if not self.post_process:
+            return hidden
+        here = self.slice_of_this_rank(batch)
+        tied = self.share_embeddings_and_output_weights
+        outputs = torch.stack(
+            linear_logprob(
+                hidden[:, 0],
+                self.shared_embedding_or_output_weight() if tied else self.output_layer.weight,
+                batch.targets_T[here],
+                temperature,
+                self.pg_collection.tp,
+                real_vocab=self.real_vocab,
+                needed_T=_predicts_a_response(batch)[here],
+                sequence_parallel=self.config.sequence_parallel,
+                implementation=self.kernels,
+            )
+        )
+        return self.gathered_over_cp(outputs.t()).t()
 
 
 def _predicts_a_response(batch: PackedBatch) -> torch.Tensor:
@@ -280,6 +292,19 @@ def rope_inv_freq(hf: PretrainedConfig) -> torch.Tensor:
 def build_chunks(
     hf: PretrainedConfig, block: ModelBlock, layout: Layout, kernels: Implementation
 ) -> tuple[TransformerConfig, list[torch.nn.Module]]:
+    """The policy's pipeline chunks on this rank."""
+    make = partial(
+        PolicyModel,
+        real_vocab=hf.vocab_size,
+        kernels=kernels,
+        share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
+    )
+    return assemble_chunks(hf, block, layout, make)
+
+
+def assemble_chunks(
+    hf: PretrainedConfig, block: ModelBlock, layout: Layout, make: Callable[..., PackedModel]
+) -> tuple[TransformerConfig, list[torch.nn.Module]]:
     """This rank's pipeline chunks (one, or vpp of them), on its device, with uninitialised weights."""
     check_supported(hf)
     config = transformer_config(hf, block, layout)
@@ -292,20 +317,17 @@ def build_chunks(
         if not use_te:  # the block's final norm follows the layers' own
             count = get_num_layers_to_build(config, vp_stage=vp_stage)
             spec = TransformerBlockSubmodules(layer_specs=[spec] * count, layer_norm=RMSNorm)
-        chunk: torch.nn.Module = PolicyModel(
+        chunk: torch.nn.Module = make(
             config,
             spec,
             padded_vocab(hf.vocab_size, block.vocab_multiple),
             hf.max_position_embeddings,
             pre_process=holds_stage(vp_stage, first=True),
             post_process=holds_stage(vp_stage, first=False),
-            share_embeddings_and_output_weights=bool(hf.tie_word_embeddings),
             position_embedding_type="rope",
             vp_stage=vp_stage,
             inv_freq=inv_freq,
-            real_vocab=hf.vocab_size,
             thd=use_te,
-            kernels=kernels,
         )
         mark_tensor_parallel(chunk)
         chunk = chunk.to(device())
@@ -324,9 +346,9 @@ def mark_tensor_parallel(chunk: torch.nn.Module) -> None:
             set_tensor_model_parallel_attributes(module.weight, True, 1, 1)
 
 
-def unwrap(chunk: torch.nn.Module) -> PolicyModel:
+def unwrap(chunk: torch.nn.Module) -> PackedModel:
     """The model inside Megatron's data-parallel and precision wrappers."""
     while hasattr(chunk, "module"):
         chunk = chunk.module  # type: ignore[assignment]
-    assert isinstance(chunk, PolicyModel)
+    assert isinstance(chunk, PackedModel)
     return chunk

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -28,6 +28,9 @@ SECONDS_BETWEEN_LINES = 2.0
 _HEADLINES: dict[str, tuple[str, ...]] = {
     "loss": ("actor/loss", "sft/loss"),
     "reward": ("reward/mean",),
+    "pass": ("reward/pass_rate",),
+    "KL": ("actor/kl_penalty",),
+    "clip": ("actor/clip_fraction",),
     "held-out": (HELD_OUT_METRIC,),
     "tok/s": ("perf/tokens_per_second",),
 }
@@ -67,6 +70,7 @@ class Console:
         self._silent = False
         self._stage: _Stage | None = None
         self._held_out: dict[str, float] = {}
+        self._alarms: list[str] = []
 
     @classmethod
     def silent(cls) -> Console:
@@ -89,9 +93,14 @@ class Console:
 
     def step(self, report: StepReport) -> None:
         assert self._stage is not None, "a step belongs to a stage"
-        line = self._stage.advance(headlines({**self._held_out, **report.metrics}))
+        alarms = f" | alarm: {', '.join(self._alarms)}" if self._alarms else ""
+        line = self._stage.advance(headlines({**self._held_out, **report.metrics}) + alarms)
         if line is not None and self._progress_wanted:
             self._print(line)
+
+    def alarms(self, names: Sequence[str]) -> None:
+        """What is wrong now, shown with every step until it is over."""
+        self._alarms = list(names)
 
     def evaluation(self, report: StepReport) -> None:
         value = report.metrics.get(HELD_OUT_METRIC)

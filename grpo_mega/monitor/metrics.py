@@ -13,7 +13,11 @@ import torch.distributed as dist
 
 from grpo_mega.monitor import histogram
 
-Reducer = Literal["mean", "sum", "max", "min", "rms", "variance", "std", "correlation", "p99", "abs_p99"]
+Reducer = Literal[
+    "mean", "sum", "max", "min", "rms", "variance", "std", "correlation", "p99", "abs_p99", "abs_p999"
+]
+
+QUANTILES = {"p99": 0.99, "abs_p99": 0.99, "abs_p999": 0.999}
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,8 +25,8 @@ class Metric:
     """What adds up over micro-batches and ranks, and the count it is over.
 
     `value` by reducer: mean, rms: the sum of x, of x^2; sum, max, min: itself; variance, std: the sums of x -
-    c and of (x - c)^2 for any constant c; correlation: the sums of x, y, x^2, y^2, x y; p99, abs_p99 (of
-    |x|): counts of a histogram.
+    c and of (x - c)^2 for any constant c; correlation: the sums of x, y, x^2, y^2, x y; p99, abs_p99 and
+    abs_p999 (of |x|): counts of a histogram.
 
     A metric over nothing (denominator 0) merges like any other and is left out of the result: never a made-up
     number.
@@ -103,8 +107,8 @@ def _number(reducer: Reducer, value: list[float], count: float) -> float | None:
         return None
     if reducer in ("sum", "max", "min"):
         return value[0]
-    if reducer in ("p99", "abs_p99"):
-        return histogram.quantile(histogram.folded(value) if reducer == "abs_p99" else value, 0.99)
+    if reducer in QUANTILES:
+        return histogram.quantile(histogram.folded(value) if reducer != "p99" else value, QUANTILES[reducer])
     means = [part / count for part in value]
     if reducer == "mean":
         return means[0]

@@ -190,72 +190,6 @@ class Stage(Block):
         return self
 
 
-class RolloutBlock(Block):
-    engine: Literal["local"] = "local"
-    """local: a transformers model inside the trainer, on every rank."""
-    prompts_per_step: Positive = 16
-    group_size: Positive = 8
-    """Samples of each prompt; the advantage is relative to their mean."""
-    max_new_tokens: Positive = 16
-    temperature: float = Field(default=1.0, ge=0.0)
-    """0 = greedy (evaluation only: a greedy group has no variance)."""
-    top_p: Probability = 1.0
-    top_k: NotNegative = 0
-    """0 = off."""
-    stop: tuple[str, ...] = ()
-    """Extra stop tokens, each one token of the tokenizer; the end-of-sequence token always stops."""
-    prompts_per_batch: Positive = 8
-    """Prompts generated together. Fixed for any number of ranks: samples do not depend on the layout."""
-    max_staleness: NotNegative = 0
-    """Policy versions a sample may lie behind; the local engine is synchronous: 0."""
-
-    @model_validator(mode="after")
-    def local_engine_is_synchronous(self) -> RolloutBlock:
-        if self.engine == "local" and self.max_staleness:
-            raise ValueError("rollout.engine local generates between updates: max_staleness must be 0")
-        return self
-
-
-class RuleReward(Block):
-    kind: Literal["exact", "contains", "number", "regex", "reasoning_gym"] = "exact"
-    """exact: the response equals the answer; contains: holds it; number: its last number equals the answer's;
-    regex: `pattern` matches ({answer} in it stands for the answer); reasoning_gym: the task's own scorer."""
-    pattern: str | None = None
-    strip: bool = True
-    """Ignore white space around response and answer."""
-    ignore_case: bool = False
-    extract: str | None = None
-    """A regular expression whose first group is the answer inside the response; no match scores 0."""
-
-    @model_validator(mode="after")
-    def regex_needs_a_pattern(self) -> RuleReward:
-        if (self.kind == "regex") != (self.pattern is not None):
-            raise ValueError("pattern belongs to kind: regex, and kind: regex needs it")
-        return self
-
-
-class MathReward(Block):
-    """Symbolic equality of the last boxed or plain expression with the answer."""
-
-    timeout_seconds: float = Field(default=5.0, gt=0)
-
-
-class RewardItem(Block):
-    rule: RuleReward | None = None
-    math: MathReward | None = None
-    weight: float = 1.0
-
-    @property
-    def name(self) -> str:
-        return self.rule.kind if self.rule is not None else "math"
-
-    @model_validator(mode="after")
-    def exactly_one_kind(self) -> RewardItem:
-        if (self.rule is None) == (self.math is None):
-            raise ValueError("a reward is exactly one of rule, math (plus its weight)")
-        return self
-
-
 GSPO_CLIP = ClipObjective(low=3e-4, high=4e-4)
 """A geometric mean of ratios moves far less than a ratio."""
 
@@ -292,6 +226,13 @@ class Objective(Block):
         if sum(value is not None for value in (self.clip, self.cispo, self.gmpo)) != 1:
             raise ValueError("an objective is exactly one of clip, cispo, gmpo")
         return self
+
+
+_OBJECTIVE_KEYS: dict[type[Surrogate], str] = {
+    ClipObjective: "clip",
+    CispoObjective: "cispo",
+    GmpoObjective: "gmpo",
+}
 
 
 class CorrectionBlock(Block):
@@ -343,6 +284,20 @@ class LossBlock(Block):
             return self.objective.surrogate
         return GSPO_CLIP if "gspo" in picked else ClipObjective()
 
+    def steered(self, *, kl_coef: float | None, clip: float | None) -> LossBlock:
+        """With at least this KL coefficient, and every clip range at most `clip`."""
+        changes: dict[str, object] = {}
+        if kl_coef is not None:
+            changes["kl"] = self.kl.model_copy(update={"coef": max(self.kl.coef, kl_coef)})
+        if clip is not None:
+            narrow = self.surrogate.narrowed(clip)
+            bringer = [n for n, i in self.innovations.picked().items() if isinstance(i, Surrogate)]
+            if bringer:
+                changes["innovations"] = self.innovations.model_copy(update={bringer[0]: narrow})
+            else:
+                changes["objective"] = Objective.model_validate({_OBJECTIVE_KEYS[type(narrow)]: narrow})
+        return self.model_copy(update=changes)
+
     @model_validator(mode="after")
     def an_innovation_brings_its_own_objective(self) -> LossBlock:
         if self.objective is None:
@@ -391,22 +346,3 @@ class TrainBlock(Block):
     """Optimizer steps on each step's samples; whole groups stay together."""
     grad_clip: float = Field(default=1.0, gt=0)
     """Global gradient norm."""
-
-
-class EvalBlock(Block):
-    every: NotNegative = 25
-    """Steps between evaluations; 0 = only at the end of each stage."""
-    samples: NotNegative = 256
-    """Held-out problems used; 0 = all."""
-    at_start: bool = True
-    pass_at: tuple[Positive, ...] = (1,)
-    """pass@k for these k; max(k) samples of each problem are drawn."""
-    temperature: float = Field(default=1.0, ge=0.0)
-    """1: what a sampler sees; 0: greedy."""
-
-
-class CheckpointBlock(Block):
-    every: NotNegative = 50
-    """Steps between checkpoints; 0 = only at the end of each stage."""
-    keep: Positive = 3
-    """The newest this many stay on disk."""

@@ -7,27 +7,25 @@ Validators are named for the law they hold. `recipes/recipe.schema.json` is gene
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
 
 from pydantic import Field, model_validator
 
 from grpo_mega.block import Block, NotNegative
 from grpo_mega.recipe.blocks import (
     AdvantageBlock,
-    CheckpointBlock,
     DataBlock,
-    EvalBlock,
     GrpoStage,
     LossBlock,
     ModelBlock,
     ParallelBlock,
-    RewardItem,
-    RolloutBlock,
-    RuleReward,
     RunBlock,
     Stage,
     TrainBlock,
 )
+from grpo_mega.recipe.curriculum_block import CurriculumBlock, check_curriculum, check_curriculum_hears
+from grpo_mega.recipe.reward_blocks import RewardItem, RuleReward
+from grpo_mega.recipe.rollout_block import RolloutBlock
+from grpo_mega.recipe.run_blocks import CheckpointBlock, EvalBlock, GuardBlock, TrackerName, WandbBlock
 
 
 class Recipe(Block):
@@ -45,8 +43,12 @@ class Recipe(Block):
     loss: LossBlock = LossBlock()
     train: TrainBlock = TrainBlock()
     eval: EvalBlock = EvalBlock()
+    curriculum: CurriculumBlock = CurriculumBlock()
     checkpoint: CheckpointBlock = CheckpointBlock()
-    tracker: tuple[Literal["jsonl"], ...] = ("jsonl",)
+    guard: GuardBlock = GuardBlock()
+    tracker: tuple[TrackerName, ...] = ("jsonl",)
+    """metrics.jsonl is written whatever is named; none names nothing else."""
+    wandb: WandbBlock = WandbBlock()
 
     @model_validator(mode="after")
     def updates_divide_groups(self) -> Recipe:
@@ -99,6 +101,12 @@ class Recipe(Block):
                 "advantage.estimator dr_grpo divides by a constant length: set loss.aggregate to "
                 "seq-mean-token-sum-norm, or take grpo with advantage.normalize_std false"
             )
+        return self
+
+    @model_validator(mode="after")
+    def a_curriculum_hears_of_its_own_problems(self) -> Recipe:
+        check_curriculum(self.curriculum, self.data)
+        check_curriculum_hears(self.curriculum, self.eval.every)
         return self
 
     @model_validator(mode="after")

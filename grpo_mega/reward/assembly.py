@@ -3,47 +3,83 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
-from grpo_mega.recipe.blocks import RewardItem
-from grpo_mega.reward.base import Reward
+from grpo_mega.recipe.reward_blocks import RewardItem
+from grpo_mega.reward.base import BatchReward, Reward, RewardResult
+from grpo_mega.reward.code import CodeScorer
+from grpo_mega.reward.format import FormatScorer
 from grpo_mega.reward.math import MathScorer
 from grpo_mega.reward.rule import RuleScorer
+from grpo_mega.reward.verilog import VerilogScorer
 from grpo_mega.types import Group, Prompt, Sample, Score
 
 
 class RewardAssembly:
-    """Components in the recipe's order. The second of a kind is called "exact_2", and so on."""
+    """Components in the recipe's order. The second of a kind is called "exact_2", and so on.
 
-    def __init__(self, items: Sequence[RewardItem]):
+    `hidden` are folders that programs in responses must not see: the run's own.
+    """
+
+    def __init__(self, items: Sequence[RewardItem], hidden: Sequence[Path] = ()):
         assert items, "a run without a reward has nothing to learn from"
         names: list[str] = []
         for item in items:
             names.append(_unused(item.name, names))
         self._components = [
-            (_build(item, name), item.weight) for item, name in zip(items, names, strict=True)
+            (_build(item, name, hidden), item.weight) for item, name in zip(items, names, strict=True)
         ]
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """By component, in their order."""
+        return {reward.name: weight for reward, weight in self._components}
 
     def score_groups(self, groups: Sequence[Group]) -> list[tuple[Score, ...]]:
         """One tuple a group, one Score a sample, in the samples' order."""
-        return [tuple(self._score(group.prompt, sample) for sample in group.samples) for group in groups]
+        pairs = [(group.prompt, sample) for group in groups for sample in group.samples]
+        results = {reward.name: _score_all(reward, pairs) for reward, _ in self._components}
+        scores: Iterator[Score] = (
+            self._sum({name: column[place] for name, column in results.items()})
+            for place in range(len(pairs))
+        )
+        return [tuple(next(scores) for _ in group.samples) for group in groups]
 
-    def _score(self, prompt: Prompt, sample: Sample) -> Score:
-        results = {reward.name: reward.score(prompt, sample) for reward, _ in self._components}
-        pass_rates = [result.pass_rate for result in results.values() if result.pass_rate is not None]
+    def _sum(self, results: Mapping[str, RewardResult]) -> Score:
+        # The first component that speaks of success, with the tests it counted.
+        judged = next((result for result in results.values() if result.pass_rate is not None), None)
+        components: dict[str, float] = {}
+        for name, result in results.items():
+            components[name] = result.value
+            components |= {f"{name}/{part}": value for part, value in result.parts.items()}
         return Score(
             total=sum(weight * results[reward.name].value for reward, weight in self._components),
-            components={name: result.value for name, result in results.items()},
+            components=components,
             # nan, not 0: where no component speaks of success, an evaluation must not report failure.
-            pass_rate=pass_rates[0] if pass_rates else math.nan,
+            pass_rate=math.nan if judged is None or judged.pass_rate is None else judged.pass_rate,
+            passed_tests=None if judged is None else judged.passed_tests,
+            total_tests=None if judged is None else judged.total_tests,
         )
 
 
-def _build(item: RewardItem, name: str) -> Reward:
+def _score_all(reward: Reward, pairs: Sequence[tuple[Prompt, Sample]]) -> list[RewardResult]:
+    if isinstance(reward, BatchReward):
+        return reward.score_many(pairs)
+    return [reward.score(prompt, sample) for prompt, sample in pairs]
+
+
+def _build(item: RewardItem, name: str, hidden: Sequence[Path]) -> Reward:
     if item.rule is not None:
         return RuleScorer(item.rule, name)
-    assert item.math is not None
-    return MathScorer(item.math, name)
+    if item.math is not None:
+        return MathScorer(item.math, name)
+    if item.code is not None:
+        return CodeScorer(item.code, name, hidden)
+    if item.verilog is not None:
+        return VerilogScorer(item.verilog, name, hidden)
+    assert item.format is not None
+    return FormatScorer(item.format, name)
 
 
 def _unused(name: str, taken: Sequence[str]) -> str:

@@ -17,7 +17,7 @@ import threading
 from pathlib import Path
 
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.blocks import MathReward
+from grpo_mega.recipe.reward_blocks import MathReward
 from grpo_mega.reward.base import RewardResult, require_answer
 from grpo_mega.types import Prompt, Sample
 

@@ -11,7 +11,7 @@ from functools import lru_cache
 from typing import Any
 
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.blocks import RuleReward
+from grpo_mega.recipe.reward_blocks import RuleReward
 from grpo_mega.reward.base import RewardResult, require_answer
 from grpo_mega.types import Prompt, Sample
 

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from grpo_mega.engine.model import PolicyModel, padded_vocab, unwrap
+from grpo_mega.engine.model import PackedModel, padded_vocab, unwrap
 from grpo_mega.engine.parallel import Layout
 from grpo_mega.errors import UserError
 from grpo_mega.sync.layout import Heads, Rule, from_hf, globally_named, rule_for, shard, to_hf, unshard
@@ -32,8 +32,8 @@ def heads_of(hf: object, vocab_multiple: int) -> Heads:
 
 
 def local_parameters(chunks: Sequence[torch.nn.Module], layout: Layout) -> dict[str, torch.nn.Parameter]:
-    """This rank's parameters by global name. A tied output layer on a later stage is left out: it IS the
-    embedding."""
+    """This rank's parameters by global name. Left out: a tied output layer on a later stage, which IS the
+    embedding, and a head that is not the vocabulary's."""
     named = {}
     for chunk in chunks:
         model = unwrap(chunk)
@@ -41,7 +41,8 @@ def local_parameters(chunks: Sequence[torch.nn.Module], layout: Layout) -> dict[
         first_layer = layers[0].layer_number - 1 if len(layers) else 0
         experts = (model.config.num_moe_experts or 0) // layout.ep_size
         for name, parameter in model.named_parameters():
-            if name == "output_layer.weight" and model.share_embeddings_and_output_weights:
+            tied = name == "output_layer.weight" and model.share_embeddings_and_output_weights
+            if tied or (name.startswith("output_layer.") and not model.predicts_tokens):
                 continue
             named[globally_named(name, first_layer, layout.ep_rank * experts)] = parameter
     return named
@@ -64,7 +65,8 @@ def load_hf(chunks: Sequence[torch.nn.Module], layout: Layout, heads: Heads, ten
 def _refuse_leftovers(chunks: Sequence[torch.nn.Module], layout: Layout, directory: HfDirectory) -> None:
     owners = _owners(local_parameters(chunks, layout), layout)
     known = {name for owner in owners for name in rule_for(owner.name).hf_names}
-    if unwrap(chunks[0]).share_embeddings_and_output_weights:
+    first = unwrap(chunks[0])
+    if first.share_embeddings_and_output_weights or not first.predicts_tokens:
         known.add("lm_head.weight")  # some writers store the tied matrix twice
     leftovers = [n for n in directory.names if n not in known and not n.endswith("rotary_emb.inv_freq")]
     if leftovers:
@@ -77,7 +79,7 @@ def _refuse_leftovers(chunks: Sequence[torch.nn.Module], layout: Layout, directo
         )
 
 
-def _fill_tied_output(model: PolicyModel, layout: Layout, heads: Heads, tensors: HfTensors) -> None:
+def _fill_tied_output(model: PackedModel, layout: Layout, heads: Heads, tensors: HfTensors) -> None:
     """With tied weights and a pipeline the last stage holds a copy of the embedding, kept equal by Megatron's
     gradients."""
     tied = model.share_embeddings_and_output_weights and model.post_process and not model.pre_process

@@ -19,22 +19,34 @@ LAYERS = (
     ("algo.objectives",),
     ("types", "recipe"),
     ("monitor.histogram",),
-    ("model_shape",),
+    ("model_shape", "checkpoints"),
     ("plan",),
     ("kernels", "monitor.metrics"),  # the vocabulary of metrics is below those who measure
     ("algo",),
     ("data", "reward", "rollout", "engine", "sync", "monitor", "critic"),
-    ("launch", "evaluation", "curriculum", "batching", "inputs", "certify"),
+    (
+        "launch",
+        "evaluation",
+        "inference_callback",
+        "curriculum",
+        "batching",
+        "inputs",
+        "certify",
+        "preemption",
+        "drift",
+    ),
     ("self_check",),
     ("parts",),
-    ("steps",),
+    ("steps", "journal"),
+    ("watch",),
     ("train", "runs", "bench"),
-    ("loss_commands",),
+    ("loss_commands", "doctor_run"),
+    ("doctor",),
     ("cli",),
     ("__main__",),
 )
 SIDEWAYS = {("sync", "engine"), ("rollout", "sync")}
-TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "cli")
+TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "doctor_run", "cli")
 
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

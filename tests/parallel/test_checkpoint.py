@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from grpo_mega.checkpoints import faults
+from grpo_mega.errors import UserError
 from tests import tiny
 
-CHECKPOINT = {"every": 3, "keep": 9}
+CHECKPOINT = {"every": 3, "keep": 9, "async": True}
 
 
 def _rewind(run_dir: Path, target: Path, step: int) -> Path:
@@ -49,12 +53,82 @@ def test_other_layout_continues_the_same_run(parallel, uninterrupted, ranks, tmp
         assert line == pytest.approx(reference, rel=2e-4, abs=2e-5), f"step {line['step']}"
 
 
-def test_old_checkpoints_go_and_the_newest_is_named(ranks, tmp_path):
-    recipe = tiny.recipe_dict(tmp_path, checkpoint={"every": 2, "keep": 2}, loss={"kl": {"coef": 0.0}})
+@pytest.mark.parametrize("background", [True, False], ids=["async", "sync"])
+def test_old_checkpoints_go_and_the_newest_is_named(background, ranks, tmp_path):
+    checkpoint = {"every": 2, "keep": 2, "keep_best": False, "async": background}
+    recipe = tiny.recipe_dict(tmp_path, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}})
     ranks(1).run(tiny.train_on_pool, recipe)
     kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
     assert kept == ["latest", "step_000006", "step_000007"]
     assert (tmp_path / "checkpoints" / "latest").read_text() == "step_000007"
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-7])
+
+
+def _flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [(_cut, "bytes instead of"), (_flip, "other bytes than were written"), (Path.unlink, "is missing")],
+    ids=["truncated", "bit-flipped", "missing"],
+)
+def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_used(
+    damage, said, uninterrupted, ranks, tmp_path, capfd
+):
+    run_dir = _rewind(uninterrupted, tmp_path / "resumed", 7)
+    shard = sorted((run_dir / "checkpoints" / "step_000007").glob("*.distcp"))[-1]
+    damage(shard)
+    recipe = tiny.recipe_dict(run_dir, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
+    ranks(4).run(tiny.train_on_pool, recipe, resume=True)
+    events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
+    assert "after step 5" in [event["message"] for event in events if event["kind"] == "resume"]
+    assert any(shard.name in e["message"] and said in e["message"] for e in events if e["kind"] == "damage")
+    assert tiny.metrics_of(run_dir) == tiny.metrics_of(uninterrupted)
+
+
+def _train_with_small_files(recipe: dict[str, object], limit: int) -> str:
+    """A disk that takes no file above `limit` bytes, from the second checkpoint on."""
+    import resource
+
+    from grpo_mega.engine import saver
+
+    whole, count = saver._no_room, 0
+
+    def from_the_second(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+        return whole(*arguments)
+
+    saver._no_room = from_the_second
+    try:
+        tiny.train_on_pool(recipe)
+        return ""
+    except UserError as error:
+        return str(error)
+    finally:
+        saver._no_room = whole
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+@pytest.mark.parametrize("background", [True, False], ids=["async", "sync"])
+def test_a_full_disk_leaves_the_checkpoint_before_it_whole(background, ranks, tmp_path):
+    checkpoint = {"every": 3, "keep": 9, "async": background}
+    recipe = tiny.recipe_dict(tmp_path, parallel={"dp": 2}, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}})
+    said = ranks(2).run(_train_with_small_files, recipe, limit=1 << 20)
+    assert all("step_000007" in text and "could not" in text for text in said), said
+    left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
+    assert left == ["best", "latest", "step_000002"]
+    assert faults(tmp_path / "checkpoints" / "step_000002") == []
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert kinds.count("checkpoint failed") == 2
 
 
 def _optimizer_steps_after_reload(directory: Path) -> set[float]:
@@ -62,9 +136,11 @@ def _optimizer_steps_after_reload(directory: Path) -> set[float]:
     from transformers import AutoConfig
 
     from grpo_mega.batching import distribute
-    from grpo_mega.engine.checkpoint import RunState, load_checkpoint, save_checkpoint
+    from grpo_mega.checkpoints import RunState
+    from grpo_mega.engine.checkpoint import load_checkpoint
     from grpo_mega.engine.parallel import initialize_layout
     from grpo_mega.engine.policy import LossTerms, PolicyEngine
+    from grpo_mega.engine.saver import Saver
     from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
     from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf
 
@@ -84,8 +160,11 @@ def _optimizer_steps_after_reload(directory: Path) -> set[float]:
             )
 
     update(3)
-    path = save_checkpoint(engine, directory / "checkpoints", RunState(3, 0, 3), keep=1)
-    load_checkpoint(engine, path)
+    saver = Saver(engine, directory / "checkpoints", keep=1, keep_best=False, background=True)
+    saver.save(RunState(3, 0, 3))
+    update(1)  # while the checkpoint is being written
+    assert [outcome.fault for outcome in saver.finish()] == [None]
+    load_checkpoint(engine, directory / "checkpoints" / "step_000003")
     update(2)
     optimizers = getattr(engine.optimizer, "chained_optimizers", [engine.optimizer])
     return {float(state["step"]) for o in optimizers for state in o.optimizer.state.values()}

@@ -111,6 +111,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(recipe: Path, calls: l
     (run_dir / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="holds a run already"):
         invoke("train", recipe)
+    (run_dir / "recipe.yaml").touch()  # of a run that died before its first checkpoint was complete
+    invoke("train", recipe, "--resume")
+    assert calls.pop()[-1] == {"resume": False, "quiet": False}
+    for name in ("state.json", "manifest.json"):
+        (run_dir / "checkpoints" / "step_000005" / name).touch()
     invoke("train", recipe, "--resume")
     assert calls.pop()[-1] == {"resume": True, "quiet": False}
     assert (run_dir / "checkpoints" / "step_000005").is_dir()
@@ -119,7 +124,7 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(recipe: Path, calls: l
 
 
 def test_there_must_be_something_to_resume(recipe: Path, calls: list[tuple[object, ...]]):
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="holds no run to resume"):
         invoke("train", recipe, "--resume")
     assert calls == [] and not (recipe.parent / "run").exists()
 

@@ -15,8 +15,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from grpo_mega.evaluation import evaluate, pass_at_k
-from grpo_mega.recipe.blocks import EvalBlock
+from grpo_mega.evaluation import Evaluation, SampleRow, evaluate, pass_at_k
+from grpo_mega.recipe.reward_blocks import RewardItem, RuleReward
+from grpo_mega.recipe.run_blocks import EvalBlock
+from grpo_mega.reward.assembly import RewardAssembly
+from grpo_mega.reward.base import RewardResult
 from grpo_mega.types import Group, Prompt, Sample, Score
 
 SEED = 7
@@ -26,6 +29,9 @@ OF_SUCCESS = (
     "eval_min_pass_rate",
     "eval_max_pass_rate",
     "eval_samples_evaluated",
+    "eval_coverage",
+    "eval_total_passed_tests",
+    "eval_total_tests",
     "pass@1",
 )
 
@@ -94,9 +100,13 @@ class Sampler:
 
 @dataclass
 class Rewards:
-    """The pass rates of the table; the reward is ten times as much, and 5 where there is no pass rate."""
+    """The pass rates of the table; the reward is ten times as much, and 5 where there is no pass rate.
+
+    With `tests`, every sample ran that many, and says so.
+    """
 
     rates_PK: list[list[float]]
+    tests: int | None = None
 
     def score_groups(self, groups) -> list[tuple[Score, ...]]:
         return [
@@ -108,28 +118,41 @@ class Rewards:
         ]
 
     def _score(self, rate: float) -> Score:
-        return Score(total=5.0 if math.isnan(rate) else 10.0 * rate, components={}, pass_rate=rate)
+        total = 5.0 if math.isnan(rate) else 10.0 * rate
+        passed = None if self.tests is None or math.isnan(rate) else round(rate * self.tests)
+        tests = None if passed is None else self.tests
+        return Score(total, components={}, pass_rate=rate, passed_tests=passed, total_tests=tests)
 
 
-def _evaluate_on_rank(rates_PK: list[list[float]], options: dict) -> dict[str, float]:
+def _evaluate_on_rank(rates_PK: list[list[float]], options: dict, tests: int | None) -> Evaluation:
     import torch.distributed as dist
 
     from grpo_mega.engine.parallel import initialize_process_group
 
     initialize_process_group()
     layout = SimpleNamespace(rank=dist.get_rank(), world_size=dist.get_world_size())
-    problems, rewards, block = Problems(len(rates_PK)), Rewards(rates_PK), EvalBlock(**options)
+    problems, rewards, block = Problems(len(rates_PK)), Rewards(rates_PK, tests), EvalBlock(**options)
     return evaluate(Sampler(), problems, rewards, None, block, layout, SEED)  # type: ignore[arg-type]
 
 
 @pytest.fixture
-def evaluated(ranks):
-    """The metrics of these pass rates, the same on both ranks."""
+def evaluation(ranks):
+    """What is found of these pass rates, the same on both ranks."""
 
-    def run(rates_PK: list[list[float]], **options) -> dict[str, float]:
-        first, second = ranks(2).run(_evaluate_on_rank, rates_PK, options)
+    def run(rates_PK: list[list[float]], tests: int | None = None, **options) -> Evaluation:
+        first, second = ranks(2).run(_evaluate_on_rank, rates_PK, options, tests)
         assert first == second
         return first
+
+    return run
+
+
+@pytest.fixture
+def evaluated(evaluation):
+    """The metrics alone."""
+
+    def run(*args, **options) -> dict[str, float]:
+        return evaluation(*args, **options).metrics
 
     return run
 
@@ -144,6 +167,9 @@ def test_one_sample_of_each_problem(evaluated):
             "eval_min_pass_rate": 0.0,
             "eval_max_pass_rate": 1.0,
             "eval_samples_evaluated": 4,
+            "eval_coverage": 0.25,  # one problem of four
+            "eval_total_passed_tests": 1.75,  # each response is one test, passed in part
+            "eval_total_tests": 4,
             "eval_response_length": 2.5,
             "eval_reward_mean": 4.375,
             "pass@1": 0.25,  # half of the tests is not a pass
@@ -161,6 +187,9 @@ def test_several_samples_of_a_problem_are_averaged_first(evaluated):
             "eval_min_pass_rate": 0.25,  # of a problem, not of a sample
             "eval_max_pass_rate": 1.0,
             "eval_samples_evaluated": 2,
+            "eval_coverage": 1.0,  # one of the four samples is enough
+            "eval_total_passed_tests": 5.0,
+            "eval_total_tests": 8,
             "eval_response_length": 3.0,
             "eval_reward_mean": 6.25,
             "pass@1": 0.625,
@@ -183,6 +212,9 @@ def test_a_problem_without_a_pass_rate_does_not_count(evaluated):
         "eval_min_pass_rate": 0.0,
         "eval_max_pass_rate": 1.0,
         "eval_samples_evaluated": 2,
+        "eval_coverage": 0.5,
+        "eval_total_passed_tests": 1,
+        "eval_total_tests": 2,
         "pass@1": 0.5,
     }
     assert metrics["eval_response_length"] == 2.0  # it was sampled all the same
@@ -199,3 +231,55 @@ def test_the_first_problems_up_to_the_asked_number(samples, expected, evaluated)
 def test_equal_rates_have_no_spread(evaluated):
     # the mean square of .1 may come out a hair below the square of the mean
     assert evaluated([[0.1]] * 3)["eval_std_pass_rate"] == pytest.approx(0.0, abs=1e-8)
+
+
+def test_tests_are_counted_where_a_reward_counts_them(evaluated):
+    # 4 tests a response: problem 0 passes 2 + 4 of 8, problem 1 none of 8, problem 2 has no verdict at all
+    metrics = evaluated([[0.5, 1.0], [0.0, 0.0], [math.nan, math.nan]], tests=4, pass_at=(1, 2))
+    assert (metrics["eval_total_passed_tests"], metrics["eval_total_tests"]) == (6, 16)
+    assert metrics["eval_avg_test_pass_rate"] == pytest.approx(6 / 16)
+    assert metrics["eval_coverage"] == 0.5
+
+
+def test_the_table_shows_one_sample_of_each_of_the_first_problems(evaluation):
+    # the second rank has problem 1, and the rows come in the problems' order all the same
+    found = evaluation([[0.25, 1.0], [math.nan] * 2, [1.0] * 2, [1.0] * 2], table_rows=3, pass_at=(2,))
+    assert found.samples == (
+        SampleRow("eval-0/0", prompt="", answer="", response="", reward=2.5, pass_rate=0.25),
+        SampleRow("eval-1/0", prompt="", answer="", response="", reward=5.0, pass_rate=None),
+        SampleRow("eval-2/0", prompt="", answer="", response="", reward=10.0, pass_rate=1.0),
+    )
+
+
+@pytest.mark.parametrize(("table_rows", "shown"), [(0, 0), (8, 2)])
+def test_no_more_rows_than_asked_or_than_there_are(table_rows, shown, evaluation):
+    found = evaluation([[1.0], [0.0], [0.0], [0.0]], table_rows=table_rows, samples=2)
+    assert len(found.samples) == shown
+    assert found.metrics["eval_samples_evaluated"] == 2
+
+
+@dataclass
+class Judge:
+    """A reward with a verdict of its own for every response."""
+
+    name: str
+    result: RewardResult
+
+    def score(self, prompt: Prompt, sample: Sample) -> RewardResult:
+        return self.result
+
+
+@pytest.mark.parametrize(
+    ("results", "expected"),
+    [
+        ((RewardResult(1.0), RewardResult(7.5, 0.5, 2, 4), RewardResult(1.0, 1.0, 9, 9)), (0.5, 2, 4)),
+        ((RewardResult(1.0, 1.0), RewardResult(7.5, 0.5, 2, 4)), (1.0, None, None)),
+    ],
+)
+def test_the_first_reward_with_a_pass_rate_counts_the_tests(results, expected, monkeypatch):
+    rewards = RewardAssembly([RewardItem(rule=RuleReward())])
+    judges = [(Judge(str(number), result), 1.0) for number, result in enumerate(results)]
+    monkeypatch.setattr(rewards, "_components", judges)
+    prompt = Problems(1).prompt(0)
+    ((score,),) = rewards.score_groups([Group(prompt, (Sample("eval-0/0", 0, (1,), (), "", "stop"),))])
+    assert (score.pass_rate, score.passed_tests, score.total_tests) == expected

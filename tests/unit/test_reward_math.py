@@ -10,7 +10,7 @@ import time
 import pytest
 
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.blocks import MathReward, RewardItem
+from grpo_mega.recipe.reward_blocks import MathReward, RewardItem
 from grpo_mega.reward.assembly import RewardAssembly
 from grpo_mega.reward.math import MathScorer
 from grpo_mega.types import Group, Prompt, Sample

@@ -9,7 +9,8 @@ import pytest
 
 from grpo_mega.data.sources import open_source
 from grpo_mega.errors import UserError
-from grpo_mega.recipe.blocks import DataBlock, RewardItem, RuleReward
+from grpo_mega.recipe.blocks import DataBlock
+from grpo_mega.recipe.reward_blocks import RewardItem, RuleReward
 from grpo_mega.reward.assembly import RewardAssembly
 from grpo_mega.reward.rule import RuleScorer, last_number
 from grpo_mega.types import FinishReason, Group, Prompt, Sample

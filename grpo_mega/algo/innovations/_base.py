@@ -91,6 +91,12 @@ class Credit(Innovation):
 
 class Surrogate(Innovation):
     slot = "the objective"
+    clip_ranges: ClassVar[tuple[str, ...]] = ()
+    """Options that say how far the ratio may go before its gradient is cut."""
+
+    def narrowed(self, limit: float) -> Surrogate:
+        """With every clip range at most `limit`."""
+        return self.model_copy(update={name: min(getattr(self, name), limit) for name in self.clip_ranges})
 
     def objective(self, ratio_RW: torch.Tensor, view: TokenView) -> Objective:
         raise NotImplementedError

@@ -26,6 +26,7 @@ class Asymmetric(Surrogate):
     """
 
     tag = "ASYM-GRPO"
+    clip_ranges = ("clip_pos", "clip_neg")
 
     clip_pos: float = Field(default=0.3, gt=0, lt=1)
     """Range of the ratio for positive advantages."""

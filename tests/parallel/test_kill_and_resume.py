@@ -1,0 +1,92 @@
+"""A run that is killed, wherever that is, and resumed ends with the very numbers of the undisturbed run."""
+
+from __future__ import annotations
+
+import importlib
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from grpo_mega.checkpoints import complete_checkpoints, faults
+from tests import tiny
+from tests.processes import die, run_ranks
+
+LAYOUTS = {"tp2": {"tp": 2}, "dp2": {"dp": 2}}
+
+# Where it dies: the function that is about to be called, and the call (from 1) that is its last. Checkpoints
+# are due after steps 2 (the end of the warm-up), 4, 6 and 7.
+POINTS = {
+    "rollout": ("grpo_mega.rollout.local:LocalEngine.generate", 5),
+    "reward": ("grpo_mega.reward.assembly:RewardAssembly.score_groups", 6),
+    "forward": ("grpo_mega.steps:drift_metrics", 4),
+    "after backward": ("grpo_mega.engine.policy:finalize_model_grads", 5),
+    "optimizer": ("grpo_mega.engine.policy:apply_update", 5),
+    "probe": ("grpo_mega.steps:probe", 3),
+    "weight sync": ("grpo_mega.rollout.local:LocalEngine.load", 6),
+    "evaluation": ("grpo_mega.parts:evaluate", 4),
+    "writing metrics": ("grpo_mega.monitor.trackers:Trackers.write", 8),
+    "writing shards": ("grpo_mega.engine.saver:_Writing.complete", 3),
+    "naming the checkpoint": ("grpo_mega.engine.saver:publish", 3),
+    "between save and latest": ("grpo_mega.engine.saver:point_to", 4),
+    "dropping old ones": ("grpo_mega.engine.saver:prune", 2),
+    "first save": ("grpo_mega.engine.saver:publish", 1),
+    "reference": ("grpo_mega.engine.saver:save_weights", 1),
+}
+
+
+def recipe_of(run_dir: Path, layout: str) -> dict[str, Any]:
+    return tiny.recipe_dict(
+        run_dir,
+        parallel=LAYOUTS[layout],
+        checkpoint={"every": 2, "keep": 2, "async": True},
+        eval={"every": 2, "samples": 8, "at_start": True},
+    )
+
+
+def train(recipe: dict[str, Any], point: str | None) -> None:
+    """As `grpo-mega train --resume`: from the newest checkpoint, or the start while there is none."""
+    if point is not None:
+        place, last = POINTS[point]
+        arm(place, last)
+    goes_on = bool(complete_checkpoints(Path(recipe["run"]["dir"]) / "checkpoints"))
+    tiny.train_on_pool(recipe, resume=goes_on)
+
+
+def arm(place: str, last: int) -> None:
+    module, _, path = place.partition(":")
+    owner: Any = importlib.import_module(module)
+    *parents, name = path.split(".")
+    for parent in parents:
+        owner = getattr(owner, parent)
+    whole, calls = getattr(owner, name), 0
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == last:
+            die()
+        return whole(*arguments, **options)
+
+    setattr(owner, name, counted)
+
+
+@pytest.fixture(scope="module", params=LAYOUTS)
+def undisturbed(request, tmp_path_factory) -> tuple[str, Path]:
+    run_dir = tmp_path_factory.mktemp(request.param) / "run"
+    assert run_ranks(2, train, recipe_of(run_dir, request.param), None) == [0, 0]
+    return request.param, run_dir
+
+
+@pytest.mark.parametrize("point", POINTS)
+def test_killed_and_resumed_it_is_the_same_run(point, undisturbed, tmp_path):
+    layout, whole = undisturbed
+    recipe = recipe_of(tmp_path / "run", layout)
+    start = partial(run_ranks, 2, train, recipe)
+    assert -9 in start(point), "the point was never reached"
+    assert start(None) == [0, 0]
+    assert tiny.metrics_of(tmp_path / "run") == tiny.metrics_of(whole)
+    kept = complete_checkpoints(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in kept] == [path.name for path in complete_checkpoints(whole / "checkpoints")]
+    assert [faults(path) for path in kept] == [[]] * len(kept)
