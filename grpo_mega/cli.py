@@ -26,7 +26,7 @@ RUN_RESULTS = ("metrics.jsonl", "checkpoints", "hf")
 """What makes a directory hold a run: the other files are there before the first step is done."""
 RUN_FILES = (
     *(RECIPE_FILE, "metrics.jsonl", "events.jsonl", "curves.png", "report.html"),
-    *("init", "checkpoints", "logs", "wandb", "wandb_backup", "wandb_sync_state.json", "tensorboard", "hf"),
+    *("init", "checkpoints", "logs", "wandb_sync", "tensorboard", "hf"),
     *("replay", "diagnosis.json"),
 )
 """Everything a run writes, and therefore all that --overwrite removes."""

@@ -53,7 +53,12 @@ def drift_metrics(logprobs_T: torch.Tensor, batch: PackedBatch, level: Level) ->
 
 
 def probe(
-    engine: PolicyEngine, batches: Sequence[PackedBatch], temperature: float, tokens: int, level: Level
+    engine: PolicyEngine,
+    batches: Sequence[PackedBatch],
+    temperature: float,
+    tokens: int,
+    level: Level,
+    histograms: dict[str, list[float]],
 ) -> tuple[dict[str, float], list[Suspect]]:
     """After the update, on about `tokens` tokens of each rank: the drift, and this rank's worst tokens."""
     if not tokens:
@@ -65,7 +70,7 @@ def probe(
         {"guard/drift_probe": _drift(values_T, batch.sampler_logprobs_T, batch, level)}
         for values_T, batch in pairs
     )
-    return engine.reduce_metrics(merged), _worst(s for pair in pairs for s in _suspects(*pair))
+    return engine.reduce_metrics(merged, histograms), _worst(s for pair in pairs for s in _suspects(*pair))
 
 
 def not_finite(engine: PolicyEngine, batches: Sequence[PackedBatch], temperature: float) -> list[Suspect]:

@@ -3,10 +3,11 @@ nothing."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from grpo_mega.evaluation import Evaluation
+from grpo_mega.monitor import histogram
 from grpo_mega.monitor.console import Console
 from grpo_mega.monitor.health import Finding
 from grpo_mega.monitor.jsonl import EventsWriter
@@ -14,6 +15,12 @@ from grpo_mega.monitor.trackers import Trackers, open_trackers
 from grpo_mega.parts import Parts
 from grpo_mega.types import StepReport
 
+DRAWN = {
+    "reward/distribution": "reward",
+    "actor/log_ratio_p99": "log_ratio",
+    "guard/drift_probe": "log_ratio_after_update",
+}
+"""Which bin counts are drawn, and as what."""
 SAMPLE_COLUMNS = ("uid", "prompt", "response", "answer", "reward", "pass_rate")
 
 
@@ -47,6 +54,11 @@ class Journal:
             self._console.detail(line)
         if self._trackers:
             self._trackers.write(report, stage_step)
+
+    def histograms(self, step: int, counts: Mapping[str, Sequence[float]]) -> None:
+        if self._trackers and counts:
+            shown = {DRAWN[name]: histogram.by_octave(bins) for name, bins in counts.items() if name in DRAWN}
+            self._trackers.histograms(step, shown)
 
     def evaluation(self, report: StepReport, stage_step: int, evaluation: Evaluation) -> None:
         self._console.evaluation(report)

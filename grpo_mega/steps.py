@@ -21,6 +21,7 @@ from grpo_mega.data.stream import PromptStream
 from grpo_mega.drift import Suspect, drift_metrics, not_finite, probe
 from grpo_mega.engine.device import device
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
+from grpo_mega.monitor import histogram
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.blocks import AdvantageBlock, SftStage
@@ -101,6 +102,7 @@ class PolicyStep:
     metrics: dict[str, float]
     suspects: list[Suspect]
     skipped: PolicyBatch | None
+    histograms: dict[str, list[float]]  # bin counts, see monitor.histogram
 
 
 def grpo_step(
@@ -124,7 +126,8 @@ def grpo_step(
         sequences = to_train_sequences(places, groups, advantages)
         if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
             parts.warn_of_missing_uids(unnamed)
-        reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD)
+        histograms: dict[str, list[float]] = {}
+        reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD, histograms)
         _add_reward_std(reported)
         reported |= component_means(scores, parts.inputs.rewards.weights)
     samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
@@ -136,7 +139,7 @@ def grpo_step(
             )
             for first in range(0, samples, per_update)
         ]
-        trained = [policy_update(parts, update, steering) for update in updates]
+        trained = [policy_update(parts, update, steering, histograms) for update in updates]
     # Of several updates the last one is reported; sampler and trainer had the same weights before the first.
     reported |= trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
     reported["actor/update_skipped"] = max(update["actor/update_skipped"] for update in trained)
@@ -148,12 +151,14 @@ def grpo_step(
             suspects = not_finite(parts.engine, skipped.batches, temperature)
         else:
             last = updates[-1].batches
-            drift, suspects = probe(parts.engine, last, temperature, guard.probe_tokens, guard.level)
+            drift, suspects = probe(
+                parts.engine, last, temperature, guard.probe_tokens, guard.level, histograms
+            )
             reported |= drift
     with watch.phase("sync"):
         parts.sync_weights()
     tokens = sum(update.counts.tokens for update in updates)
-    return PolicyStep({**reported, **watch.metrics(tokens)}, suspects, skipped)
+    return PolicyStep({**reported, **watch.metrics(tokens)}, suspects, skipped, histograms)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +195,10 @@ def _with(batches: list[PackedBatch], name: str, values: list[torch.Tensor]) -> 
     return [replace(batch, **{name: value}) for batch, value in zip(batches, values, strict=True)]
 
 
-def policy_update(parts: Parts, update: PolicyBatch, steering: Steering) -> dict[str, float]:
-    """One optimizer step."""
+def policy_update(
+    parts: Parts, update: PolicyBatch, steering: Steering, histograms: dict[str, list[float]]
+) -> dict[str, float]:
+    """One optimizer step; the bin counts of what it measured go into `histograms`."""
     policy_loss, level = steering.policy_loss, parts.recipe.guard.level
 
     def loss(outputs: TokenOutputs, batch: PackedBatch) -> LossTerms:
@@ -214,7 +221,7 @@ def policy_update(parts: Parts, update: PolicyBatch, steering: Steering) -> dict
 
     temperature = parts.recipe.rollout.temperature
     metrics, applied = parts.engine.train_step(update.batches, loss, steering.lr, temperature)
-    reported = policy_loss.derived(parts.engine.reduce_metrics(metrics))
+    reported = policy_loss.derived(parts.engine.reduce_metrics(metrics, histograms))
     return reported | _update_metrics(applied.applied, applied.grad_norm, steering.lr)
 
 
@@ -269,6 +276,7 @@ def rollout_metrics(groups: Sequence[Group], scores: Sequence[tuple[Score, ...]]
         "reward/mean_square": mean_of(totals.square(), every),
         "reward/min": min_of(totals, every),
         "reward/max": max_of(totals, every),
+        "reward/distribution": Metric(histogram.counts(totals, every), every.sum(), "histogram"),
         "reward/pass_rate": mean_of(rates, ~rates.isnan()),
         "group/zero_std_fraction": mean_of(flat, each_group),
         "rollout/response_length": mean_of(lengths, every),

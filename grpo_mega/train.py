@@ -25,6 +25,9 @@ from grpo_mega.steps import Steering, grpo_step, sft_step
 from grpo_mega.types import StepReport
 from grpo_mega.watch import Watch
 
+HISTOGRAM_EVERY = 10
+"""Steps between histograms: a tracker draws hundreds of them as bands, and each is kilobytes."""
+
 
 def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
     """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves
@@ -149,6 +152,8 @@ class Trainer:
         )
         made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering)
         watched = self.watch.look(self.state.step, made)
+        if self.state.step % HISTOGRAM_EVERY == 0:
+            self.journal.histograms(self.state.step, made.histograms)
         if self.curriculum:
             self.curriculum.after_step()
         return {**made.metrics, **watched}, policy_loss.step_lines(made.metrics)
@@ -189,7 +194,7 @@ class Trainer:
             metrics |= self.curriculum.metrics()
             self.journal.say(line)
             self.journal.event("curriculum", self.state.step, line)
-        report = StepReport(self.state.step, kind, metrics)
+        report = StepReport(self.state.step, kind, metrics, is_evaluation=True)
         self.journal.evaluation(report, self.state.stage_step, evaluation)
 
     def _checkpoint_is_due(self) -> bool:

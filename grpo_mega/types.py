@@ -129,3 +129,4 @@ class StepReport:
     step: int
     stage: str
     metrics: Mapping[str, float]
+    is_evaluation: bool = False  # of held-out problems, after the step

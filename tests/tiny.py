@@ -112,7 +112,11 @@ def train_on_pool(recipe: dict, resume: bool = False) -> None:
     from grpo_mega.train import Trainer
 
     parts = build(Recipe.model_validate(recipe), quiet=True, fresh=not resume)
-    Trainer(parts, resume=resume).run()
+    trainer = Trainer(parts, resume=resume)
+    try:
+        trainer.run()
+    finally:
+        trainer.journal.close()
     parts.export(Path(recipe["run"]["dir"]) / "hf")
 
 

@@ -36,13 +36,14 @@ class Life:
 
     def __init__(self, folder: Path, environment: dict[str, str]):
         command = [sys.executable, "-m", "tests.wandb_life", str(folder)]
+        inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
             text=True,
-            env=os.environ | environment,
+            env=inherited | environment,
             cwd=Path(__file__).parents[1],
         )
 

@@ -1,6 +1,7 @@
 """Problems from jsonl and parquet files: every line is checked at opening, and read again when needed.
 
-What stays in memory is 16 to 24 bytes a line, plus a bounded cache of parquet row groups.
+What stays in memory is 16 to 24 bytes a line, plus a bounded cache of parquet row groups. Ids, where lines
+have some, are remembered while a file is opened: no two problems may share one.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from array import array
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
+from hashlib import blake2b
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +32,10 @@ VALIDATION_ROWS = 1024
 """Rows turned into Python objects at a time while a parquet file is checked."""
 
 MESSAGES_KEY = "messages"
+ID_KEY = "id"
 BOM = b"\xef\xbb\xbf"
+MOST_NAMES, LONGEST_NAME = 20, 40
+"""Of the fields that a message lists."""
 
 
 class BadLine(Exception):
@@ -47,10 +52,10 @@ class JsonlSource:
     def __init__(self, path: Path, data: DataBlock):
         self._path, self._data = path, data
         self._places, self._lengths, self._lines = array("Q"), array("Q"), array("Q")
-        bad_lines = _BadLines(path, data)
+        bad_lines, ids = _BadLines(path, data), _Ids()
         for line, place, raw in _raw_lines(path):
             try:
-                _parse_line(raw, data)
+                ids.check(_parse_line(raw, data), line)
             except BadLine as bad:
                 bad_lines.report(line, bad)
             else:
@@ -89,10 +94,10 @@ class ParquetSource:
         self._starts = array("Q", [0])
         self._rows = array("Q")
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
-        bad_lines = _BadLines(path, data)
+        bad_lines, ids = _BadLines(path, data), _Ids()
         for row_number, row in self._all_rows():
             try:
-                problem_of(row, data)
+                ids.check(_problem_of_row(row, data), row_number + 1)
             except BadLine as bad:
                 bad_lines.report(row_number + 1, bad)
             else:
@@ -108,18 +113,18 @@ class ParquetSource:
     def problem(self, index: int) -> Problem:
         row_number = self._rows[index]
         group = bisect_right(self._starts, row_number) - 1
-        row = self._row_group(group).slice(row_number - self._starts[group], 1).to_pylist()[0]
+        row = _objects(self._row_group(group).slice(row_number - self._starts[group], 1))[0]
         try:
-            return problem_of(row, self._data)
+            return _problem_of_row(row, self._data)
         except BadLine as bad:
             raise _changed(self.where(index), bad) from bad
 
-    def _all_rows(self) -> Iterator[tuple[int, dict[str, Any]]]:
+    def _all_rows(self) -> Iterator[tuple[int, object]]:
         for group in range(self._file.num_row_groups):
             table = self._read(group)
             start = self._starts[-1]
             for offset in range(0, table.num_rows, VALIDATION_ROWS):
-                rows = table.slice(offset, VALIDATION_ROWS).to_pylist()
+                rows = _objects(table.slice(offset, VALIDATION_ROWS))
                 yield from enumerate(rows, start=start + offset)
             self._starts.append(start + table.num_rows)
 
@@ -179,10 +184,10 @@ class _Prompt(NamedTuple):
 def _prompt_of(row: Mapping[str, Any], key: str, data: DataBlock) -> _Prompt:
     prompt = row.get(key)
     if prompt is None:
-        fields = ", ".join(map(str, row)) or "nothing"
+        names = [str(name)[:LONGEST_NAME] for name in row][:MOST_NAMES]
         raise BadLine(
-            f"it has no {key!r} (it has: {fields})",
-            f"set data.prompt_key; {did_you_mean(key, map(str, row))}",
+            f"it has no {key!r} (it has: {', '.join(names) or 'nothing'})",
+            f"set data.prompt_key; {did_you_mean(key, names)}",
         )
     if isinstance(prompt, str):
         if not prompt.strip():
@@ -251,16 +256,57 @@ def _parse_line(raw: bytes, data: DataBlock) -> Problem:
         raise BadLine(
             f"it is not UTF-8 ({error.reason} at byte {error.start})", "save the file as UTF-8"
         ) from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: also a number of more than 4300 digits
         raise BadLine(f"it is not JSON ({error})", "write one whole JSON object on each line") from error
     problem = problem_of(row, data)
-    try:
-        problem.text.encode()
-    except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
-        raise BadLine(
-            f"{data.prompt_key!r} is not valid Unicode ({error.reason})", "write whole characters"
-        ) from error
+    texts = {
+        data.prompt_key: problem.text,
+        data.answer_key: problem.answer,
+        data.teacher_key: problem.teacher_response or "",
+    }
+    for key, text in texts.items():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # JSON can spell half a surrogate pair, which no tokenizer takes
+            raise BadLine(
+                f"{key!r} is not valid Unicode ({error.reason})", "write whole characters"
+            ) from error
     return problem
+
+
+def _objects(table: pa.Table) -> list[object]:
+    """Its rows; in the place of one that Python cannot hold (no UTF-8, a year 10000) stands why not."""
+    try:
+        return table.to_pylist()
+    except (ValueError, OverflowError) as error:
+        if table.num_rows == 1:
+            return [error]
+    return [row for index in range(table.num_rows) for row in _objects(table.slice(index, 1))]
+
+
+def _problem_of_row(row: object, data: DataBlock) -> Problem:
+    if isinstance(row, Exception):
+        raise BadLine(f"it cannot be read ({row})", "write the row again") from row
+    return problem_of(row, data)
+
+
+class _Ids:
+    """Of the problems of a file: a digest each, so that long ones cost no more than short ones."""
+
+    def __init__(self) -> None:
+        self._lines: dict[bytes, int] = {}
+
+    def check(self, problem: Problem, line: int) -> None:
+        name = problem.meta.get(ID_KEY)
+        if name is None:
+            return
+        text = json.dumps(name, sort_keys=True, default=repr)  # "7" and 7 are two ids
+        first = self._lines.setdefault(blake2b(text.encode(), digest_size=16).digest(), line)
+        if first != line:
+            raise BadLine(
+                f"its id {text[:LONGEST_NAME]} is that of line {first} already",
+                "give each problem an id of its own, or remove one of the two lines",
+            )
 
 
 class _BadLines:
@@ -296,7 +342,7 @@ def _check_columns(names: list[str], path: Path, data: DataBlock) -> None:
     """A missing prompt column is one mistake of the recipe, not one of every row."""
     if data.prompt_key not in names and MESSAGES_KEY not in names:
         raise UserError(
-            f"the file has no column {data.prompt_key!r} (it has: {', '.join(names)})",
+            f"the file has no column {data.prompt_key!r} (it has: {', '.join(names) or 'none'})",
             where=str(path),
             remedy=f"set data.prompt_key; {did_you_mean(data.prompt_key, names)}",
         )

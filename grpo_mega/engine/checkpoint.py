@@ -5,30 +5,49 @@ How the folders are named, checked and kept stands in `checkpoints`; how they ar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
+import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
+from megatron.core.optimizer import MegatronOptimizer
 
 from grpo_mega.checkpoints import RunState, candidates, faults, read_state
 from grpo_mega.engine.model import unwrap
 from grpo_mega.engine.optimizer import allocate_state
 from grpo_mega.engine.parallel import checkpoint_metadata
-from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.errors import UserError
 
 
-def load_checkpoint(engine: PolicyEngine, folder: Path) -> RunState:
-    """Restore weights and optimizer from a checkpoint written on any layout. A collective."""
-    loaded = _load(sharded_state(engine, is_loading=True), folder)
-    _take_weights(engine, loaded)
-    engine.optimizer.load_state_dict(loaded["optimizer"])
+class Engine(Protocol):
+    """A model with its optimizer on this rank: the policy's, or one beside it."""
+
+    optimizer: MegatronOptimizer
+
+    @property
+    def chunks(self) -> Sequence[torch.nn.Module]: ...
+
+    def weights_changed(self) -> None: ...
+
+
+Companions = Mapping[str, Engine]
+"""Engines beside the policy's, by the name under which a checkpoint holds them."""
+
+
+def load_checkpoint(engine: Engine, folder: Path, companions: Companions | None = None) -> RunState:
+    """Restore weights and optimizers from a checkpoint written on any layout. A collective."""
+    companions = companions or {}
+    loaded = _load(sharded_states(engine, companions, is_loading=True), folder)
+    for each, state in ((engine, loaded), *((companions[name], loaded[name]) for name in companions)):
+        _take_weights(each, state)
+        each.optimizer.load_state_dict(state["optimizer"])
     return read_state(folder)
 
 
-def load_weights(engine: PolicyEngine, folder: Path) -> None:
+def load_weights(engine: Engine, folder: Path) -> None:
     """The weights of any checkpoint, without its optimizer. A collective."""
     _take_weights(engine, _load(sharded_models(engine), folder))
     engine.weights_changed()
@@ -58,7 +77,7 @@ def damage(folder: Path) -> list[str]:
     return list(dict.fromkeys(fault for part in found for fault in part))
 
 
-def sharded_models(engine: PolicyEngine) -> dict[str, Any]:
+def sharded_models(engine: Engine) -> dict[str, Any]:
     """The model's part of a checkpoint: this rank's shards."""
     return {
         _chunk_key(engine, index): unwrap(chunk).sharded_state_dict(metadata=checkpoint_metadata())
@@ -66,7 +85,16 @@ def sharded_models(engine: PolicyEngine) -> dict[str, Any]:
     }
 
 
-def sharded_state(engine: PolicyEngine, *, is_loading: bool) -> dict[str, Any]:
+def sharded_states(engine: Engine, companions: Companions, *, is_loading: bool) -> dict[str, Any]:
+    """The policy's model and optimizer, and those of every companion under its name."""
+    state = sharded_state(engine, is_loading=is_loading)
+    for name, companion in companions.items():
+        state[name] = sharded_state(companion, is_loading=is_loading)
+        add_prefix_for_sharding(state[name], f"{name}.")
+    return state
+
+
+def sharded_state(engine: Engine, *, is_loading: bool) -> dict[str, Any]:
     """Model and optimizer."""
     allocate_state(engine.optimizer)
     state = sharded_models(engine)
@@ -81,10 +109,10 @@ def _load(sharded: dict[str, Any], folder: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", dist_checkpointing.load(sharded, str(folder)))
 
 
-def _take_weights(engine: PolicyEngine, loaded: dict[str, Any]) -> None:
+def _take_weights(engine: Engine, loaded: dict[str, Any]) -> None:
     for index, chunk in enumerate(engine.chunks):
         unwrap(chunk).load_state_dict(loaded[_chunk_key(engine, index)])
 
 
-def _chunk_key(engine: PolicyEngine, index: int) -> str:
+def _chunk_key(engine: Engine, index: int) -> str:
     return f"model{index}" if len(engine.chunks) > 1 else "model"

@@ -121,14 +121,18 @@ class PolicyEngine:
             forward_only=forward_only,
         )
 
-    def reduce_metrics(self, metrics: Metrics) -> dict[str, float]:
-        """What `train_step` measured, over all ranks, on all ranks."""
-        layout = self.layout
-        reduced = reduce(metrics, layout.dp_group) if layout.is_last_stage else None
-        if layout.pp_size == 1:
-            assert reduced is not None
-            return reduced
-        return broadcast_object(reduced, layout.last_stage_rank, layout.pp_group)
+    def reduce_metrics(
+        self, metrics: Metrics, histograms: dict[str, list[float]] | None = None
+    ) -> dict[str, float]:
+        """What `train_step` measured, over all ranks, on all ranks; bin counts go into `histograms`."""
+        layout, counts = self.layout, {}
+        reduced = reduce(metrics, layout.dp_group, counts) if layout.is_last_stage else None
+        if layout.pp_size > 1:
+            reduced, counts = broadcast_object((reduced, counts), layout.last_stage_rank, layout.pp_group)
+        assert reduced is not None
+        if histograms is not None:
+            histograms |= counts
+        return reduced
 
     def copy_weights(self, *, on_host: bool = False) -> Weights:
         """A frozen copy of this rank's parameters, to compute with later (a reference model)."""

@@ -43,8 +43,7 @@ from grpo_mega.checkpoints import (
     publish,
     write_state,
 )
-from grpo_mega.engine.checkpoint import sharded_models, sharded_state
-from grpo_mega.engine.policy import PolicyEngine
+from grpo_mega.engine.checkpoint import Companions, Engine, sharded_models, sharded_states
 from grpo_mega.errors import UserError
 from grpo_mega.lifetime import serve_parent
 
@@ -73,9 +72,16 @@ class Saver:
     """
 
     def __init__(
-        self, engine: PolicyEngine, directory: Path, *, keep: int, keep_best: bool, background: bool
+        self,
+        engine: Engine,
+        directory: Path,
+        *,
+        keep: int,
+        keep_best: bool,
+        background: bool,
+        companions: Companions | None = None,
     ):
-        self._engine, self._directory = engine, directory
+        self._engine, self._directory, self._companions = engine, directory, companions or {}
         self._keep, self._keep_best, self._background = keep, keep_best, background
         self._writing: _Writing | None = None
         self._state: RunState | None = None
@@ -84,7 +90,7 @@ class Saver:
         outcomes = self.finish()
         target = folder_of(self._directory, state.step)
         began = time.monotonic()
-        sharded = sharded_state(self._engine, is_loading=False)
+        sharded = sharded_states(self._engine, self._companions, is_loading=False)
         fault = _agree(_no_room(sharded, target))
         if fault is not None:
             return [*outcomes, Outcome(target.name, time.monotonic() - began, fault)]
@@ -120,7 +126,7 @@ class Saver:
         prune(self._directory, self._keep, (LATEST, BEST) if self._keep_best else (LATEST,))
 
 
-def save_weights(engine: PolicyEngine, target: Path) -> None:
+def save_weights(engine: Engine, target: Path) -> None:
     """Weights alone, all or nothing. Not while a `Saver` is writing: see `Saver.save_weights`."""
     sharded = sharded_models(engine)
     fault = _agree(_no_room(sharded, target))

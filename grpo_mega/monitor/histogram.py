@@ -50,3 +50,17 @@ def quantile(bin_counts: Sequence[float], share: float) -> float:
     bits = torch.tensor([place - 1 + _SMALLEST, place + _SMALLEST], dtype=torch.int32) << _SHIFT
     middle = float(bits.view(torch.float32).mean())
     return middle if index > _SIDE else -middle
+
+
+def by_octave(bin_counts: Sequence[float]) -> tuple[list[int], list[float]]:
+    """Counts and edges of one bin for each power of two: few enough to look at. What lies below 2^-24 is one
+    bin.
+
+    Example: three numbers of 1.5 -> 3 between the edges 1 and 2
+    """
+    negative, middle, positive = bin_counts[:_SIDE], bin_counts[_SIDE], bin_counts[_SIDE + 1 :]
+    wide = 1 << (23 - _SHIFT)
+    rising = [int(sum(positive[start : start + wide])) for start in range(0, _SIDE, wide)]
+    falling = [int(sum(negative[start : start + wide])) for start in range(0, _SIDE, wide)]
+    ends = [2.0**exponent for exponent in range(-24, -24 + len(rising) + 1)]
+    return [*falling, int(middle), *rising], [*(-end for end in reversed(ends)), *ends]

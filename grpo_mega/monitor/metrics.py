@@ -26,7 +26,7 @@ class Metric:
 
     `value` by reducer: mean, rms: the sum of x, of x^2; sum, max, min: itself; variance, std: the sums of x -
     c and of (x - c)^2 for any constant c; correlation: the sums of x, y, x^2, y^2, x y; p99, abs_p99 and
-    abs_p999 (of |x|): counts of a histogram.
+    abs_p999 (of |x|) and histogram (no number, only for trackers that draw): counts of a histogram.
 
     A metric over nothing (denominator 0) merges like any other and is left out of the result: never a made-up
     number.
@@ -75,9 +75,13 @@ def _pair(a: Metric, b: Metric) -> Metric:
     return Metric(combine(a.value, b.value), a.denominator + b.denominator, a.reducer)
 
 
-def reduce(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+def reduce(
+    metrics: Metrics,
+    group: dist.ProcessGroup | None = None,
+    histograms: dict[str, list[float]] | None = None,
+) -> dict[str, float]:
     """Over the ranks of `group` (None: this rank alone), as plain numbers. Every rank must bring the same
-    names."""
+    names. `histograms` takes the bin counts of those that are made of some."""
     names = sorted(metrics)
     if not names:
         return {}
@@ -94,6 +98,9 @@ def reduce(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str
         [next(tops) * sign] if sign else [next(summed) for _ in range(value.numel())]
         for value, sign in zip(values, signs, strict=True)
     ]
+    if histograms is not None:
+        counted = (name for name in names if metrics[name].reducer in (*QUANTILES, "histogram"))
+        histograms |= {name: reduced[names.index(name)] for name in counted}
     result = {
         name: _number(metrics[name].reducer, value, next(summed))
         for name, value in zip(names, reduced, strict=True)
@@ -103,7 +110,7 @@ def reduce(metrics: Metrics, group: dist.ProcessGroup | None = None) -> dict[str
 
 def _number(reducer: Reducer, value: list[float], count: float) -> float | None:
     """None: over nothing, or undefined there (the correlation with a constant)."""
-    if not count:
+    if not count or reducer == "histogram":
         return None
     if reducer in ("sum", "max", "min"):
         return value[0]

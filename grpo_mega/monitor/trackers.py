@@ -27,7 +27,6 @@ if TYPE_CHECKING:  # types.py imports torch
 
 TENSORBOARD_FOLDER = "tensorboard"
 WANDB_FOLDER = "wandb_sync"
-EVALUATION_METRICS = ("eval_", "pass@")
 """A report is an evaluation when all its metrics begin like this. It shares its step with a training
 report."""
 
@@ -155,9 +154,8 @@ class WandbTracker:
             raise RuntimeError(status["last_error"])
 
     def write(self, report: StepReport, stage_step: int) -> None:
-        is_evaluation = all(name.startswith(EVALUATION_METRICS) for name in report.metrics)
         data = {**report.metrics, "stage": report.stage, "stage_step": stage_step}
-        if not self._manager.safe_log(data, report.step, record="eval" if is_evaluation else "train"):
+        if not self._manager.safe_log(data, report.step, record="eval" if report.is_evaluation else "train"):
             self._complain()
 
     def histograms(self, step: int, histograms: Histograms) -> None:

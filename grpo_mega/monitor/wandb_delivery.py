@@ -125,13 +125,16 @@ class Delivery:
             if self._stopping.wait(RECONNECT_SECONDS):
                 return False
 
-    def _possible_request(self) -> tuple[RunRequest, int]:
-        """With the number of rows that the server has of the run. A run goes on under its id only when what
-        it has is known: later rows are counted from there."""
+    def _possible_request(self) -> tuple[RunRequest, int | None]:
+        """With the number of rows that the server has of the run; None if it is to be asked once the path of
+        the run is known. A run goes on under its id only when that number is known: later rows are counted
+        from there."""
         request = self._request
         logs = [log for log in self._ledger.state.logs if log.run_id == request.run_id]
-        if request.offline or not logs:
+        if request.offline:
             return request, 0
+        if not logs:  # an id from the environment may have rows of which this folder knows nothing
+            return request, None if request.continues else 0
         if all(log.online and log.closed for log in logs):
             on_server = rows_on_server(logs[0].path)
             if on_server is not None:
@@ -139,7 +142,7 @@ class Delivery:
         config = {**request.config, "resumed_from": request.run_id}
         return replace(request, run_id=self._fresh_run_id(), config=config, continues=False), 0
 
-    def _attach(self, request: RunRequest, rows_before: int) -> None:
+    def _attach(self, request: RunRequest, rows_before: int | None) -> None:
         import wandb
 
         if self._services_before is None:
@@ -168,6 +171,11 @@ class Delivery:
         if log_path.is_relative_to(self._ledger.output_dir):
             log_path = log_path.relative_to(self._ledger.output_dir)
         path = "" if request.offline else f"{run.entity}/{run.project}/{run.id}"
+        if rows_before is None:
+            rows_before = rows_on_server(path)
+            if rows_before is None:
+                run.finish()
+                raise ConnectionError("the server did not say how many rows it has of this run")
         log = RunLog(
             run_id=request.run_id,
             path=path,
@@ -175,8 +183,7 @@ class Delivery:
             online=not request.offline,
             first_wire_step=self._ledger.first_wire_step,
             replayed=[record.key for record in self._backlog],
-            # an id from the environment may have rows of which this folder knows nothing
-            server_base=max(rows_before, run.step if request.continues else 0),
+            server_base=rows_before,
         )
         self._ledger.state.logs.append(log)
         self._ledger.state.run_id = request.run_id
@@ -212,8 +219,8 @@ class Delivery:
             self._ledger.mark_refused(record)
 
     def _end_service(self) -> None:
-        """The process that wandb started to connect. Still trying, it would keep the interpreter from exiting;
-        having failed, it calls the run's id taken. Nothing was handed to it, so nothing is lost with it."""
+        """The process that wandb started to connect. Still trying, it would keep the interpreter from
+        exiting; having failed, it calls the run's id taken. Nothing was handed to it, so nothing is lost."""
         import wandb
 
         before = self._services_before

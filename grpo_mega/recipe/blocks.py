@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from grpo_mega.algo.innovations import Innovations
 from grpo_mega.algo.innovations._base import Level, Surrogate
 from grpo_mega.algo.objectives import CispoObjective, ClipObjective, GmpoObjective
-from grpo_mega.block import Block, NotNegative, Positive, Probability
+from grpo_mega.block import Block, NotNegative, Positive
 
 
 class RunBlock(Block):

@@ -24,10 +24,12 @@ from grpo_mega.recipe.overrides import apply_overrides
 from grpo_mega.recipe.render import leaf_origins
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.recipe.tree import Leaf, ListNode, MapNode, Node, map_leaves, merge, to_plain
-from grpo_mega.recipe.yaml_positions import read_tree
+from grpo_mega.recipe.yaml_positions import check_text, read_tree
 
 _ENVIRONMENT = re.compile(r"(?P<escape>\$?)\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<fallback>[^}]*))?\}")
 """${NAME}, ${NAME:-fallback}; $${NAME} stands for the text ${NAME}."""
+LONGEST_CHAIN = 20
+"""Files that inherit from each other."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,13 @@ def inherited_by(own: MapNode, shown_as: str, chain: tuple[str, ...] = ()) -> No
                 law="a path in defaults starts at the file it stands in",
                 remedy=f"correct {reference.value!r}",
             )
+        if len(chain) >= LONGEST_CHAIN:
+            raise UserError(
+                f"{shown_as} is the last of {LONGEST_CHAIN} recipes that inherit from each other, and has defaults",
+                where=where,
+                law=f"a chain of defaults has at most {LONGEST_CHAIN} files",
+                remedy="let it inherit from a file nearer to the first one",
+            )
         tree = merge(tree, read_with_defaults(base, (*chain, identity)))
     return tree
 
@@ -116,7 +125,9 @@ def _expand(leaf: Leaf) -> Leaf:
             )
         return value
 
-    return replace(leaf, value=_ENVIRONMENT.sub(value_of, leaf.value))
+    value = _ENVIRONMENT.sub(value_of, leaf.value)
+    check_text(value, leaf.origin)  # a variable may hold bytes that are no UTF-8
+    return replace(leaf, value=value)
 
 
 def _validate(tree: MapNode, shown_as: str) -> Recipe:

@@ -27,6 +27,8 @@ from grpo_mega.recipe.yaml_positions import core_scalar
 _WORD = re.compile(r"[a-z_]+(?:\.[a-z0-9_]+)*")
 _ALMOST = 0.7
 """difflib's similarity above which a key counts as a misspelling of another."""
+_LONGEST_SHOWN = 200
+"""Characters of a value."""
 
 
 def recipe_error(error: ValidationError, tree: MapNode, shown_as: str) -> UserError:
@@ -176,6 +178,6 @@ def _shown(value: Any) -> str:
         case list():
             return "a list"
         case str():
-            return repr(value)
+            return repr(value) if len(value) <= _LONGEST_SHOWN else f"{value[:_LONGEST_SHOWN]!r}..."
         case _:
             return str(value)

@@ -61,7 +61,10 @@ def _parse(text: str) -> tuple[list[str], Node]:
         )
     if parts[0] == "defaults":
         raise UserError(
-            "defaults cannot be overridden", where=where, law="files inherit, command lines set single keys"
+            "defaults cannot be overridden",
+            where=where,
+            law="files inherit, command lines set single keys",
+            remedy="write a file of your own with other defaults",
         )
     value = parse_yaml(value_text, f"{COMMAND_LINE} ({text})", numbered=False)
     if value is None:

@@ -45,7 +45,13 @@ LAYERS = (
     ("cli",),
     ("__main__",),
 )
-SIDEWAYS = {("sync", "engine"), ("rollout", "sync")}
+SIDEWAYS = {
+    ("sync", "engine"),
+    ("rollout", "sync"),
+    ("critic", "engine"),
+    ("critic", "data"),
+    ("critic", "monitor"),
+}
 TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "doctor_run", "cli")
 
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,9 @@ import pytest
 from grpo_mega.checkpoints import complete_checkpoints, faults
 from tests import tiny
 from tests.processes import die, run_ranks
+from tests.wandb_files import logs, rows
+
+EVALUATED = "eval_avg_test_pass_rate"
 
 LAYOUTS = {"tp2": {"tp": 2}, "dp2": {"dp": 2}}
 
@@ -42,6 +46,7 @@ def recipe_of(run_dir: Path, layout: str) -> dict[str, Any]:
         parallel=LAYOUTS[layout],
         checkpoint={"every": 2, "keep": 2, "async": True},
         eval={"every": 2, "samples": 8, "at_start": True},
+        tracker=["wandb"],
     )
 
 
@@ -50,6 +55,7 @@ def train(recipe: dict[str, Any], point: str | None) -> None:
     if point is not None:
         place, last = POINTS[point]
         arm(place, last)
+    os.environ["WANDB_MODE"] = "offline"
     goes_on = bool(complete_checkpoints(Path(recipe["run"]["dir"]) / "checkpoints"))
     tiny.train_on_pool(recipe, resume=goes_on)
 
@@ -72,6 +78,22 @@ def arm(place: str, last: int) -> None:
     setattr(owner, name, counted)
 
 
+def tracked(run_dir: Path) -> list[tuple[int, bool, float | None]]:
+    """The W&B record over all the run's offline files: step, whether it is an evaluation, and a number of it.
+    The wire steps of each file grow, and no record is there twice."""
+    found = []
+    for log in logs(run_dir / "wandb_sync"):
+        records = [row for row in rows(log) if "stage" in row]
+        wire = [row["_wire_step"] for row in records]
+        assert wire == sorted(set(wire))
+        found += [
+            (row["_trainer_step"], EVALUATED in row, row.get(EVALUATED, row.get("actor/grad_norm")))
+            for row in records
+        ]
+    assert len({row[:2] for row in found}) == len(found), "a record is there twice"
+    return sorted(found)
+
+
 @pytest.fixture(scope="module", params=LAYOUTS)
 def undisturbed(request, tmp_path_factory) -> tuple[str, Path]:
     run_dir = tmp_path_factory.mktemp(request.param) / "run"
@@ -87,6 +109,7 @@ def test_killed_and_resumed_it_is_the_same_run(point, undisturbed, tmp_path):
     assert -9 in start(point), "the point was never reached"
     assert start(None) == [0, 0]
     assert tiny.metrics_of(tmp_path / "run") == tiny.metrics_of(whole)
+    assert tracked(tmp_path / "run") == tracked(whole)
     kept = complete_checkpoints(tmp_path / "run" / "checkpoints")
     assert [path.name for path in kept] == [path.name for path in complete_checkpoints(whole / "checkpoints")]
     assert [faults(path) for path in kept] == [[]] * len(kept)

@@ -181,3 +181,21 @@ def test_a_quantile_of_zeros_and_of_negative_numbers():
 
 def test_the_correlation_with_a_constant_is_no_number():
     assert "correlation" not in reduce(_moments_of([2.0, 2.0, 2.0]))
+
+
+def test_bin_counts_are_drawn_by_powers_of_two():
+    values = torch.tensor([1.5, 1.5, 1.0, -3.0, 0.0, 1e-9, 300.0])
+    counts = histogram.counts(values, torch.ones(7, dtype=torch.bool)).tolist()
+    drawn, edges = histogram.by_octave(counts)
+    assert len(edges) == len(drawn) + 1 and edges == sorted(edges)
+    found = {(low, high): count for count, low, high in zip(drawn, edges, edges[1:], strict=False) if count}
+    assert found == {(-4.0, -2.0): 1, (-(2.0**-24), 2.0**-24): 2, (1.0, 2.0): 3, (128.0, 256.0): 1}
+
+
+def test_a_histogram_is_no_number_but_is_handed_on():
+    counted = Metric(
+        histogram.counts(torch.ones(3), torch.ones(3, dtype=torch.bool)), torch.tensor(3), "histogram"
+    )
+    kept: dict[str, list[float]] = {}
+    assert reduce({"reward/distribution": counted}, None, kept) == {}
+    assert sum(kept["reward/distribution"]) == 3

@@ -54,7 +54,7 @@ def _train(trackers: Trackers, steps: range, *, resumed_from: int | None = None)
     for step in steps:
         trackers.write(StepReport(step, "grpo", TRAINING), step)
         if step % 2 == 0:
-            trackers.write(StepReport(step, "grpo", EVALUATION), step)
+            trackers.write(StepReport(step, "grpo", EVALUATION, is_evaluation=True), step)
     trackers.histograms(steps[-1], HISTOGRAM)
     trackers.table("samples", ["prompt", "answer"], [["1+1", "2|3"], ["2+2", 4]], steps[-1])
     trackers.finish()
@@ -159,8 +159,15 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     assert steps == [1, 2, 3, 4, 5, 6, 7]
 
 
-def test_wandb_keeps_training_and_evaluation_of_one_step_apart(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+@pytest.fixture
+def wandb_of_its_own():
+    """wandb keeps what it read from the environment until it is torn down."""
+    wandb = pytest.importorskip("wandb")
+    yield
+    wandb.teardown()
+
+
+def test_wandb_keeps_training_and_evaluation_of_one_step_apart(tmp_path, monkeypatch, wandb_of_its_own):
     from tests import wandb_files
 
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -183,8 +190,7 @@ def test_wandb_keeps_training_and_evaluation_of_one_step_apart(tmp_path, monkeyp
     json.dumps(trackers.status())  # for a command that prints it
 
 
-def test_wandb_that_cannot_be_reached_is_told_of_once(tmp_path, monkeypatch):
-    pytest.importorskip("wandb")
+def test_wandb_that_cannot_be_reached_is_told_of_once(tmp_path, monkeypatch, wandb_of_its_own):
     from grpo_mega.monitor import wandb_delivery
 
     for name, value in {"WANDB_MODE": "online", "WANDB_API_KEY": "too short"}.items():

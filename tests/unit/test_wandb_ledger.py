@@ -37,8 +37,8 @@ def test_the_ledger_admits_a_key_once(tmp_path):
 
 
 def test_who_may_have_handed_over_what(tmp_path):
-    """First what was replayed, then what the process admitted itself; never what a later one admitted, nor what
-    wandb refused."""
+    """First what was replayed, then what the process admitted itself; never what a later one admitted, nor
+    what wandb refused."""
     for step in (1, 2):
         Ledger(tmp_path).admit("train", step, "metrics", {})
     ledger = Ledger(tmp_path)  # a process that replays 2 but not 1
