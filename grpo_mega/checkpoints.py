@@ -201,6 +201,8 @@ def candidates(directory: Path, step: int | None = None) -> list[Path]:
         chosen = [path for path in present if path == folder_of(directory, step)]
     else:
         named = read_pointer(directory, LATEST)
+        if named is None and _exists(directory / LATEST):
+            log.warning("%s names no checkpoint, and is passed over", directory / LATEST)
         latest = folder_number(named) if named is not None else None
         chosen = [path for path in reversed(present) if latest is None or folder_number(path.name) <= latest]
     if chosen:
@@ -230,10 +232,7 @@ def read_pointer(directory: Path, pointer: str) -> str | None:
         name = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
     except (OSError, ValueError):
         name = ""
-    if _NAME.fullmatch(name):
-        return name
-    log.warning("%s names no checkpoint, and is passed over", path)
-    return None
+    return name if _NAME.fullmatch(name) else None
 
 
 def prune(directory: Path, keep: int, spared: Iterable[str]) -> None:

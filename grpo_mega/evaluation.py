@@ -16,7 +16,7 @@ from grpo_mega.engine.parallel import Layout
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.recipe.run_blocks import EvalBlock
 from grpo_mega.reward.assembly import RewardAssembly
-from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.types import Group, Score
 
@@ -46,7 +46,7 @@ class Evaluation:
 
 
 def evaluate(
-    engine: LocalEngine,
+    engine: Sampler,
     problems: PromptStream,
     rewards: RewardAssembly,
     params: SamplingParams,

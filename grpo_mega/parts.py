@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
@@ -14,6 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerBase
 from grpo_mega.algo.innovations.sca import Sca
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import Markers
+from grpo_mega.batching import distribute
 from grpo_mega.data.selection import Selection
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.engine.device import device, has_gpu
@@ -32,10 +34,18 @@ from grpo_mega.plan import check_world_size
 from grpo_mega.recipe.blocks import LossBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.rollout.sampler import Sampler
+from grpo_mega.rollout.sglang import ModelFacts, Rank, SglangEngine
 from grpo_mega.self_check import check_policy_loss
 from grpo_mega.sync.export import write_hf_directory
 from grpo_mega.sync.layout import Heads
+from grpo_mega.sync.proof import Probe
 from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf, stream_hf
+from grpo_mega.types import TrainSequence
+
+PROBE_TOKENS = 64
+PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
+"""Of log-probs, on average, between the trainer and a server with the same weights."""
 
 
 @dataclass
@@ -61,11 +71,15 @@ class Parts:
         return self.recipe.run.dir
 
     @cached_property
-    def sampler(self) -> LocalEngine:
-        dtype = DTYPES[self.recipe.model.dtype]
-        return LocalEngine(
-            self.hf, self.inputs.tokenizer, dtype, device(), self.recipe.rollout.prompts_per_batch
-        )
+    def sampler(self) -> Sampler:
+        rollout, dtype, tokenizer = self.recipe.rollout, self.recipe.model.dtype, self.inputs.tokenizer
+        if rollout.engine == "sglang":
+            facts = ModelFacts(self.hf, tokenizer, dtype, has_gpu())
+            rank = Rank(self.layout.rank, self.layout.world_size)
+            no_checksums = has_gpu() or rollout.sglang.tp > 1  # of parts, while they stream past
+            probe = self.probe if no_checksums else None
+            return SglangEngine(rollout, facts, self.run_dir, rank, probe, self.recipe.seed)
+        return LocalEngine(self.hf, tokenizer, DTYPES[dtype], device(), rollout.prompts_per_batch)
 
     @cached_property
     def policy_loss(self) -> PolicyLoss:
@@ -123,9 +137,29 @@ class Parts:
     def hf_tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         return stream_hf(self.engine.chunks, self.layout, self.heads)
 
-    def sync_weights(self) -> None:
-        """The sampler takes the policy's weights."""
+    def sync_weights(self) -> dict[str, float]:
+        """The sampler takes the policy's weights; what is known of the way there."""
+        if isinstance(self.sampler, SglangEngine):
+            self.sampler.load(_Again(self))
+            return self.sampler.metrics
         self.sampler.load(self.hf_tensors())
+        return {}
+
+    def probe(self) -> Probe:
+        """What the policy thinks of a made-up text, on every rank; a collective."""
+        length = min(PROBE_TOKENS, self.hf.max_position_embeddings)
+        ids = np.random.default_rng(0).integers(0, self.hf.vocab_size, length)
+        made_up = TrainSequence(0, "probe", ids, 1, np.empty(0, np.float32))
+        batches, _ = distribute([made_up] if self.is_lead else [], self.layout, length)
+        found = [
+            values[batch.response_mask_T].tolist()
+            for batch, values in zip(batches, self.engine.logprobs(batches), strict=False)
+            if batch.num_sequences
+        ]
+        everywhere: list[list[list[float]]] = [[] for _ in range(self.layout.world_size)]
+        dist.all_gather_object(everywhere, found)  # of some ranks: the last stage, where the text went
+        logprobs = next(part[0] for part in everywhere if part)
+        return Probe(tuple(ids.tolist()), tuple(logprobs), PROBE_TOLERANCE[self.recipe.model.dtype])
 
     def evaluate(self, selection: Selection | None = None) -> Evaluation:
         """The sampler's current weights on held-out problems: all, or those selected."""
@@ -137,6 +171,16 @@ class Parts:
     def export(self, directory: Path) -> None:
         write_hf_directory(self.hf_tensors(), self.hf, self.inputs.tokenizer, directory, write=self.is_lead)
         dist.barrier()
+
+
+@dataclass(frozen=True)
+class _Again:
+    """The policy's weights, streamed each time it is iterated."""
+
+    parts: Parts
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self.parts.hf_tensors()
 
 
 def build(recipe: Recipe, *, quiet: bool = False, fresh: bool, check_inputs: bool = True) -> Parts:

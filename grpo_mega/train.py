@@ -67,6 +67,7 @@ class Trainer:
             keep_best=self.recipe.checkpoint.keep_best,
             background=self.recipe.checkpoint.background,
         )
+        self.unsaved: Outcome | None = None  # the newest checkpoint, where it could not be written
         self.damage: list[str] = []  # checkpoints passed over
         if resume:
             self._load()
@@ -116,7 +117,8 @@ class Trainer:
                 if index > self.state.stage_index:
                     self.state = replace(self.state, stage_index=index, stage_step=0)
                 self._run_stage(stages[index], preemption)
-            self._tell(self.saver.finish(), is_last=True)
+            self._tell(self.saver.finish())
+            self._require_saved()
 
     def _run_stage(self, stage: Stage, preemption: Preemption) -> None:
         total = steps_of(self.recipe, stage)
@@ -206,26 +208,31 @@ class Trainer:
         if self.curriculum:
             remembered["curriculum"] = asdict(self.curriculum.state)
         with self.parts.console.phase("saving a checkpoint"):
-            self._tell(self.saver.save(replace(self.state, parts=remembered), wait=wait), is_last=wait)
+            self._tell(self.saver.save(replace(self.state, parts=remembered), wait=wait))
 
-    def _tell(self, outcomes: list[Outcome], *, is_last: bool = False) -> None:
+    def _tell(self, outcomes: list[Outcome]) -> None:
         """A checkpoint that could not be written is said, and the run goes on: the one before is whole."""
         for outcome in outcomes:
+            self.unsaved = None if outcome.fault is None else outcome
             if outcome.fault is None:
                 self.journal.event("checkpoint", self.state.step, outcome.name, seconds=outcome.seconds)
-                continue
-            self.journal.say(f"no checkpoint {outcome.name}: {outcome.fault}; the one before it stays")
-            self.journal.event("checkpoint failed", self.state.step, outcome.fault)
-            if is_last:
-                raise UserError(
-                    f"the last checkpoint, {outcome.name}, could not be written: {outcome.fault}",
-                    where=str(self.checkpoints),
-                    remedy="make room there; --resume goes on from the checkpoint before",
-                )
+            else:
+                self.journal.say(f"no checkpoint {outcome.name}: {outcome.fault}; the one before it stays")
+                self.journal.event("checkpoint failed", self.state.step, outcome.fault)
+
+    def _require_saved(self) -> None:
+        """Before the run ends: now nothing comes after the newest checkpoint."""
+        if self.unsaved is not None:
+            raise UserError(
+                f"the last checkpoint, {self.unsaved.name}, could not be written: {self.unsaved.fault}",
+                where=str(self.checkpoints),
+                remedy="make room there; --resume goes on from the checkpoint before",
+            )
 
     def _leave(self, signal: str) -> None:
         self.parts.console.say(f"{signal}: saving, then leaving for another start")
         self._save(wait=True)
+        self._require_saved()
         self.journal.event("preempted", self.state.step, signal)
         self.journal.close()
         self.parts.console.say(f"saved after step {self.state.step}; --resume goes on")

@@ -86,7 +86,7 @@ def inherited_by(own: MapNode, shown_as: str, chain: tuple[str, ...] = ()) -> No
             )
         if len(chain) >= LONGEST_CHAIN:
             raise UserError(
-                f"{shown_as} is the last of {LONGEST_CHAIN} recipes that inherit from each other, and has defaults",
+                f"{shown_as} has defaults, and {LONGEST_CHAIN} recipes inherit from it one by one",
                 where=where,
                 law=f"a chain of defaults has at most {LONGEST_CHAIN} files",
                 remedy="let it inherit from a file nearer to the first one",

@@ -93,6 +93,9 @@ class GuardBlock(Block):
     changed shows here first. 0 = off."""
     nonfinite_limit: Positive = 3
     """Updates in a row skipped for a loss or gradient that is not finite; then the run stops."""
+    hang_minutes: float = Field(default=30.0, ge=0)
+    """A rank that finishes no step, evaluation or checkpoint for so long leaves its stack in logs/stacks and
+    ends with exit code 85: start me again. 0 = never."""
 
     @model_validator(mode="after")
     def tiers_rise_to_the_stop(self) -> GuardBlock:
