@@ -31,6 +31,9 @@ ROW_GROUP_CACHE_BYTES = 2**30
 VALIDATION_ROWS = 1024
 """Rows turned into Python objects at a time while a parquet file is checked."""
 
+UNREADABLE = (OSError, pa.ArrowException, ValueError, OverflowError)
+"""What pyarrow raises at a damaged file; the last two where it holds names or sizes that Python cannot."""
+
 MESSAGES_KEY = "messages"
 ID_KEY = "id"
 BOM = b"\xef\xbb\xbf"
@@ -88,9 +91,10 @@ class ParquetSource:
         self._path, self._data = path, data
         try:
             self._file = pq.ParquetFile(path)
-        except (OSError, pa.ArrowException) as error:
+            names = self._file.schema_arrow.names
+        except UNREADABLE as error:
             raise _unreadable(path, error) from error
-        _check_columns(self._file.schema_arrow.names, path, data)
+        _check_columns(names, path, data)
         self._starts = array("Q", [0])
         self._rows = array("Q")
         self._cache: OrderedDict[int, pa.Table] = OrderedDict()
@@ -131,7 +135,7 @@ class ParquetSource:
     def _read(self, group: int) -> pa.Table:
         try:
             return self._file.read_row_group(group)
-        except (OSError, pa.ArrowException) as error:
+        except UNREADABLE as error:
             raise _unreadable(self._path, error) from error
 
     def _row_group(self, group: int) -> pa.Table:

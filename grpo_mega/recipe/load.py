@@ -23,7 +23,7 @@ from grpo_mega.recipe.messages import recipe_error
 from grpo_mega.recipe.overrides import apply_overrides
 from grpo_mega.recipe.render import leaf_origins
 from grpo_mega.recipe.schema import Recipe
-from grpo_mega.recipe.tree import Leaf, ListNode, MapNode, Node, map_leaves, merge, to_plain
+from grpo_mega.recipe.tree import Leaf, ListNode, MapNode, Node, find, map_leaves, merge, to_plain
 from grpo_mega.recipe.yaml_positions import check_text, read_tree
 
 _ENVIRONMENT = re.compile(r"(?P<escape>\$?)\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<fallback>[^}]*))?\}")
@@ -49,6 +49,7 @@ def load_recipe(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> 
     shown_as = os.fspath(path)
     tree = map_leaves(apply_overrides(read_with_defaults(shown_as), overrides), _expand)
     assert isinstance(tree, MapNode)
+    _check_path(find(tree, ("run", "dir")), "run.dir")
     recipe = _validate(tree, shown_as)
     return LoadedRecipe(recipe, MappingProxyType(leaf_origins(recipe, tree)), Path(path))
 
@@ -104,7 +105,20 @@ def _references(node: Node) -> list[Leaf]:
             where=f"{node.origin} (defaults)",
             remedy="write defaults: ../base.yaml",
         )
+    for leaf in leaves:
+        _check_path(leaf, "defaults")
     return leaves
+
+
+def _check_path(node: Node | None, key: str) -> None:
+    """Of those that are opened or made without a look before."""
+    if isinstance(node, Leaf) and isinstance(node.value, str) and "\0" in node.value:
+        raise UserError(
+            f"{node.value[:40]!r} cannot be the name of a file",
+            where=f"{node.origin} ({key})",
+            law="a path holds no NUL",
+            remedy="write it without the escape",
+        )
 
 
 def _expand(leaf: Leaf) -> Leaf:

@@ -47,7 +47,9 @@ class CoreLoader(yaml.SafeLoader):
         self._depth += 1
         if self._depth > DEEPEST:
             event = cast(Any, self.peek_event())  # pyright: ignore[reportUnknownMemberType]
-            raise yaml.MarkedYAMLError(problem=f"it is nested more than {DEEPEST} deep", problem_mark=event.start_mark)
+            raise yaml.MarkedYAMLError(
+                problem=f"it is nested more than {DEEPEST} deep", problem_mark=event.start_mark
+            )
         node = super().compose_node(parent, index)
         self._depth -= 1
         return node
@@ -146,13 +148,13 @@ def _syntax_remedy(problem: str) -> str:
 
 
 def check_text(text: str, origin: str) -> None:
-    """What no path and no encoding can hold: better refused here than wherever it is used."""
-    if "\0" in text or any("\ud800" <= character <= "\udfff" for character in text):
+    """What no encoding can hold: better refused here than wherever it is used."""
+    if any("\ud800" <= character <= "\udfff" for character in text):
         raise UserError(
-            f"{text[:40]!r} holds a NUL or half of a character",
+            f"{text[:40]!r} holds half of a character",
             where=origin,
-            law="a text in a recipe is valid Unicode without NUL",
-            remedy="write it without the escape",
+            law="a text in a recipe is valid Unicode",
+            remedy="write the whole character, not its escape",
         )
 
 
