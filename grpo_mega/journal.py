@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from grpo_mega.critic.health import CriticVerdict
 from grpo_mega.evaluation import Evaluation
 from grpo_mega.monitor import histogram
 from grpo_mega.monitor.console import Console
@@ -71,6 +72,15 @@ class Journal:
     def alarm(self, step: int, finding: Finding) -> None:
         self._console.say(finding.block())
         self.event("alarm", step, finding.what, since=finding.since, change=finding.change)
+
+    def critic_verdict(self, step: int, verdict: CriticVerdict) -> None:
+        """`step` counts the critic's updates."""
+        for finding in verdict.findings:
+            self._console.say(finding.block().replace("guard:", "critic:", 1))
+            self.event("critic alarm", step, finding.what, since=finding.since, change=finding.change)
+        for line in (*verdict.applied, *verdict.undone):
+            self._console.say(f"critic: autopilot at its step {step}: {line}")
+            self.event("critic intervention", step, line)
 
     def alarms(self, names: Sequence[str]) -> None:
         self._console.alarms(names)

@@ -16,6 +16,7 @@ from grpo_mega.algo.innovations.sca import Sca
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import Markers
 from grpo_mega.batching import distribute
+from grpo_mega.critic.engine import CriticEngine
 from grpo_mega.data.selection import Selection
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.engine.device import device, has_gpu
@@ -59,6 +60,7 @@ class Parts:
     hf: PretrainedConfig
     engine: PolicyEngine
     kernels: Implementation
+    critic: CriticEngine | None = None  # where the recipe has one
     missing_uids: int = 0  # samples so far that came without one
     _steered: dict[Caps, PolicyLoss] = field(default_factory=dict[Caps, PolicyLoss])
 
@@ -203,7 +205,27 @@ def build(recipe: Recipe, *, quiet: bool = False, fresh: bool, check_inputs: boo
         if fresh:
             load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
             engine.weights_changed()
+        if recipe.critic.kind != "none":
+            parts.critic = _build_critic(parts, directory, fresh)
     return parts
+
+
+def _build_critic(parts: Parts, policy: Path, fresh: bool) -> CriticEngine:
+    """With the weights of the policy's own model, or those of the one the recipe names for it."""
+    recipe, named = parts.recipe, parts.recipe.critic.hf
+    directory = policy if named is None else Path(local_model_directory(named))
+    hf = AutoConfig.from_pretrained(directory, local_files_only=True)
+    critic = CriticEngine(hf, recipe.model, recipe.train, recipe.critic, parts.layout)
+    if fresh:
+        start_critic(critic, parts, directory)
+    return critic
+
+
+def start_critic(critic: CriticEngine, parts: Parts, directory: Path) -> None:
+    """Weights of a Hugging Face directory and a new value head."""
+    heads = heads_of(critic.hf, parts.recipe.model.vocab_multiple)
+    load_hf(critic.chunks, parts.layout, heads, HfDirectory(directory))
+    critic.reset_head(parts.recipe.seed)
 
 
 def _model_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, layout: Layout, fresh: bool) -> Path:

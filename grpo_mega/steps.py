@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
-import torch.distributed as dist
 
-from grpo_mega.algo.advantage import StepMoments, group_advantages, normalised
+from grpo_mega.adversary import Adversary
 from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import batch_segments
 from grpo_mega.batching import distribute
+from grpo_mega.collect import sample_groups, weighed
 from grpo_mega.data.stream import PromptStream
 from grpo_mega.drift import Suspect, drift_metrics, not_finite, probe
-from grpo_mega.engine.device import device
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
-from grpo_mega.monitor import histogram
-from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
+from grpo_mega.monitor.metrics import mean_of
 from grpo_mega.parts import Parts
-from grpo_mega.recipe.blocks import AdvantageBlock, SftStage
-from grpo_mega.types import Group, PackedBatch, Prompt, Score, TrainSequence
-
-TEMPORARY = "temp_seq_"
-"""How sequences are named whose samples came without a uid."""
+from grpo_mega.recipe.stage_blocks import WarmupStage
+from grpo_mega.types import PackedBatch, Prompt, TrainSequence
 
 
 @dataclass
@@ -49,11 +43,11 @@ class Stopwatch:
         return {**self.seconds, "perf/step_seconds": step, "perf/tokens_per_second": tokens / step}
 
 
-def sft_step(parts: Parts, prompts: PromptStream, stage: SftStage, step: int, lr: float) -> dict[str, float]:
+def sft_step(parts: Parts, prompts: PromptStream, batch_size: int, step: int, lr: float) -> dict[str, float]:
     """Maximise the likelihood of the teacher's responses."""
     watch = Stopwatch()
     with watch.phase("data"):
-        batch = prompts.prompts_for_step(step, stage.batch_size)
+        batch = prompts.prompts_for_step(step, batch_size)
         mine = range(parts.layout.rank, len(batch), parts.layout.world_size)
         sequences = [_supervised(order, batch[order], prompts.teacher_tokens(batch[order])) for order in mine]
         batches, counts = distribute(sequences, parts.layout, parts.recipe.train.micro_batch_tokens)
@@ -65,6 +59,32 @@ def sft_step(parts: Parts, prompts: PromptStream, stage: SftStage, step: int, lr
         **_update_metrics(update.applied, update.grad_norm, lr),
         **watch.metrics(counts.tokens),
     }
+
+
+def warmup_step(
+    parts: Parts,
+    prompts: PromptStream,
+    stage: WarmupStage,
+    stage_index: int,
+    step: int,
+    lr: float,
+    adversary: Adversary,
+) -> dict[str, float]:
+    """The critic learns to tell the policy's answers from the teacher's; the policy stands still, or learns
+    the teacher's answers to the same prompts."""
+    watch = Stopwatch()
+    with watch.phase("rollout"):
+        rollouts = sample_groups(parts, prompts, stage_index, step, stage.samples)
+    with watch.phase("critic"):
+        metrics = adversary.learn(adversary.judge(rollouts, prompts))
+    if stage.student == "sft":
+        with watch.phase("train"):
+            supervised = sft_step(parts, prompts, parts.recipe.rollout.prompts_per_step, step, lr)
+        with watch.phase("sync"):
+            parts.sync_weights()
+        metrics |= {name: value for name, value in supervised.items() if not name.startswith("perf/")}
+    tokens = sum(len(sample.response_ids) for group in rollouts.groups for sample in group.samples)
+    return {**metrics, **watch.metrics(tokens)}
 
 
 def _supervised(order: int, prompt: Prompt, response_ids: Sequence[int]) -> TrainSequence:
@@ -106,30 +126,57 @@ class PolicyStep:
 
 
 def grpo_step(
-    parts: Parts, prompts: PromptStream, stage_index: int, step: int, steering: Steering
+    parts: Parts,
+    prompts: PromptStream,
+    stage_index: int,
+    step: int,
+    steering: Steering,
+    adversary: Adversary | None = None,
 ) -> PolicyStep:
-    """Sample groups, score them against each other, move the policy, hand the sampler its weights."""
-    recipe, layout, watch = parts.recipe, parts.layout, Stopwatch()
+    """Sample groups, score them against each other, move the policy, hand the sampler its weights. With an
+    adversary its score is part of the reward, and it learns from the same samples afterwards."""
+    recipe, watch = parts.recipe, Stopwatch()
+    histograms: dict[str, list[float]] = {}
     with watch.phase("rollout"):
-        batch = prompts.prompts_for_step(step, recipe.rollout.prompts_per_step)
-        share = parts.sampler.share(batch, layout.rank, layout.world_size)
-        groups = parts.sampler.generate(
-            [prompt for _, prompt in share],
-            recipe.rollout.group_size,
-            parts.inputs.sampling,
-            parts.inputs.stage_seed(stage_index),
-        )
+        rollouts = sample_groups(parts, prompts, stage_index, step, recipe.rollout.group_size)
     with watch.phase("reward"):
-        scores = parts.inputs.rewards.score_groups(groups)
-        places = [place for place, _ in share]
-        advantages = step_advantages(scores, recipe.advantage)
-        sequences = to_train_sequences(places, groups, advantages)
-        if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
-            parts.warn_of_missing_uids(unnamed)
-        histograms: dict[str, list[float]] = {}
-        reported = reduce(rollout_metrics(groups, scores), dist.group.WORLD, histograms)
-        _add_reward_std(reported)
-        reported |= component_means(scores, parts.inputs.rewards.weights)
+        scores = parts.inputs.rewards.score_groups(rollouts.groups)
+        judged = adversary.judge(rollouts, prompts) if adversary else None
+        if adversary and judged:
+            scores = adversary.rewarded(scores, rollouts, judged)
+        sequences, reported = weighed(parts, rollouts, scores, histograms)
+    moved = PolicyMove({}, [], None, 0.0)
+    if adversary is None or step >= adversary.alone_for:
+        moved = move_policy(parts, sequences, steering, watch, histograms)
+        with watch.phase("sync"):
+            parts.sync_weights()
+    if adversary and judged:
+        with watch.phase("critic"):
+            reported |= adversary.learn(judged)
+    tokens = moved.tokens or float(sum(sequence.response_length for sequence in sequences))
+    metrics = {**reported, **moved.metrics, **watch.metrics(tokens)}
+    return PolicyStep(metrics, moved.suspects, moved.skipped, histograms)
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyMove:
+    """What the updates of a step did."""
+
+    metrics: dict[str, float]
+    suspects: list[Suspect]
+    skipped: PolicyBatch | None
+    tokens: float  # trained on, over all ranks
+
+
+def move_policy(
+    parts: Parts,
+    sequences: Sequence[TrainSequence],
+    steering: Steering,
+    watch: Stopwatch,
+    histograms: dict[str, list[float]],
+) -> PolicyMove:
+    """The step's updates, and a look at what they did."""
+    recipe = parts.recipe
     samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
     per_update = samples // recipe.train.updates_per_batch  # whole groups: a law of the recipe
     with watch.phase("train"):
@@ -141,7 +188,7 @@ def grpo_step(
         ]
         trained = [policy_update(parts, update, steering, histograms) for update in updates]
     # Of several updates the last one is reported; sampler and trainer had the same weights before the first.
-    reported |= trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
+    reported = trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
     reported["actor/update_skipped"] = max(update["actor/update_skipped"] for update in trained)
     with watch.phase("probe"):
         guard, temperature = recipe.guard, recipe.rollout.temperature
@@ -155,10 +202,7 @@ def grpo_step(
                 parts.engine, last, temperature, guard.probe_tokens, guard.level, histograms
             )
             reported |= drift
-    with watch.phase("sync"):
-        parts.sync_weights()
-    tokens = sum(update.counts.tokens for update in updates)
-    return PolicyStep({**reported, **watch.metrics(tokens)}, suspects, skipped, histograms)
+    return PolicyMove(reported, suspects, skipped, sum(update.counts.tokens for update in updates))
 
 
 @dataclass(frozen=True, slots=True)
@@ -227,88 +271,3 @@ def policy_update(
 
 def _update_metrics(applied: bool, grad_norm: float, lr: float) -> dict[str, float]:
     return {"actor/grad_norm": grad_norm, "actor/lr": lr, "actor/update_skipped": float(not applied)}
-
-
-def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) -> list[np.ndarray]:
-    """Of every sample of this rank's groups; one estimator looks at all samples of the step, on all ranks."""
-    advantages = [group_advantages([score.total for score in group], block) for group in scores]
-    if block.estimator != "reinforce_plus_plus":
-        return advantages
-    mine = StepMoments.of(np.concatenate([np.empty(0), *advantages]))
-    sums = torch.tensor([mine.count, mine.total, mine.squares], dtype=torch.float64, device=device())
-    dist.all_reduce(sums)
-    moments = StepMoments(*sums.tolist())
-    return [normalised(values, moments, block) for values in advantages]
-
-
-def to_train_sequences(
-    places: Sequence[int], groups: Sequence[Group], advantages: Sequence[np.ndarray]
-) -> list[TrainSequence]:
-    """Samples with their advantages; `places` are the groups' positions in the step's batch."""
-    sequences = []
-    for place, group, advantages_G in zip(places, groups, advantages, strict=True):
-        for sample, value in zip(group.samples, advantages_G, strict=True):
-            order = place * len(group.samples) + sample.rollout_index
-            sequences.append(
-                TrainSequence(
-                    order=order,
-                    uid=sample.uid or f"{TEMPORARY}{order}",
-                    token_ids=np.array([*group.prompt.token_ids, *sample.response_ids], np.int64),
-                    prompt_length=len(group.prompt.token_ids),
-                    sampler_logprobs=np.array(sample.sampler_logprobs, np.float32),
-                    advantage=float(np.float32(value)),
-                )
-            )
-    return sequences
-
-
-def rollout_metrics(groups: Sequence[Group], scores: Sequence[tuple[Score, ...]]) -> dict[str, Metric]:
-    """Of this rank's samples; every rank brings the same names, also one without any."""
-    samples = [sample for group in groups for sample in group.samples]
-    totals = _numbers([score.total for group in scores for score in group])
-    lengths = _numbers([len(sample.response_ids) for sample in samples])
-    truncated = _numbers([sample.finish_reason == "length" for sample in samples])
-    flat = _numbers([len({score.total for score in group}) == 1 for group in scores])
-    rates = _numbers([score.pass_rate for group in scores for score in group])
-    every, each_group = torch.ones_like(totals, dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
-    return {
-        "reward/mean": mean_of(totals, every),
-        "reward/mean_square": mean_of(totals.square(), every),
-        "reward/min": min_of(totals, every),
-        "reward/max": max_of(totals, every),
-        "reward/distribution": Metric(histogram.counts(totals, every), every.sum(), "histogram"),
-        "reward/pass_rate": mean_of(rates, ~rates.isnan()),
-        "group/zero_std_fraction": mean_of(flat, each_group),
-        "rollout/response_length": mean_of(lengths, every),
-        "rollout/response_length_max": max_of(lengths, every),
-        "rollout/truncated_fraction": mean_of(truncated, every),
-    }
-
-
-def component_means(scores: Sequence[tuple[Score, ...]], weights: Mapping[str, float]) -> dict[str, float]:
-    """Each reward's own mean over the samples of all ranks, as it is and as it counts; its parts as they
-    are."""
-    sums: dict[str, tuple[float, int]] = {}
-    for group in scores:
-        for score in group:
-            for name, value in score.components.items():
-                total, count = sums.get(name, (0.0, 0))
-                sums[name] = (total + value, count + 1)
-    gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, sums)
-    means: dict[str, float] = {}
-    for name in sorted({name for part in gathered for name in part}):
-        found = [part[name] for part in gathered if name in part]
-        means[f"reward/raw/{name}"] = sum(total for total, _ in found) / sum(count for _, count in found)
-        if name in weights:
-            means[f"reward/weighted/{name}"] = weights[name] * means[f"reward/raw/{name}"]
-    return means
-
-
-def _numbers(values: Sequence[float | bool]) -> torch.Tensor:
-    return torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
-
-
-def _add_reward_std(metrics: dict[str, float]) -> None:
-    square = metrics.pop("reward/mean_square")
-    metrics["reward/std"] = math.sqrt(max(0.0, square - metrics["reward/mean"] ** 2))

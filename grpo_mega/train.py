@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, replace
+from typing import Any
 
+from grpo_mega.adversary import Adversary
 from grpo_mega.checkpoints import RunState, read_state
+from grpo_mega.critic.engine import CriticEngine
 from grpo_mega.curriculum import Curriculum, state_from_json
 from grpo_mega.data.selection import Selection
 from grpo_mega.data.stream import PromptStream
@@ -19,9 +23,9 @@ from grpo_mega.journal import Journal
 from grpo_mega.monitor.report import draw_curves
 from grpo_mega.parts import Parts, build
 from grpo_mega.preemption import REQUEUE_EXIT_CODE, Preemption
-from grpo_mega.recipe.blocks import Stage
 from grpo_mega.recipe.schema import Recipe
-from grpo_mega.steps import Steering, grpo_step, sft_step
+from grpo_mega.recipe.stage_blocks import Stage
+from grpo_mega.steps import Steering, grpo_step, sft_step, warmup_step
 from grpo_mega.types import StepReport
 from grpo_mega.watch import Watch
 
@@ -66,6 +70,7 @@ class Trainer:
             keep=self.recipe.checkpoint.keep,
             keep_best=self.recipe.checkpoint.keep_best,
             background=self.recipe.checkpoint.background,
+            companions=self._companions,
         )
         self.unsaved: Outcome | None = None  # the newest checkpoint, where it could not be written
         self.damage: list[str] = []  # checkpoints passed over
@@ -78,6 +83,11 @@ class Trainer:
         if resume:
             self.journal.event("resume", self.state.step, f"after step {self.state.step}")
         self.watch = Watch(parts, self.journal, remembered.get("guard"))
+        self.adversary: Adversary | None = None
+        if parts.critic is not None:
+            tell = self.journal.critic_verdict
+            self.adversary = Adversary(parts, parts.critic, tell, remembered.get("critic"))
+        self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
         if "evaluations" in remembered:
             self.evaluations = EvaluationHistory.from_json(remembered["evaluations"])
@@ -86,6 +96,10 @@ class Trainer:
             where = remembered.get("curriculum")
             self.curriculum = Curriculum(self.recipe.curriculum, state_from_json(where) if where else None)
 
+    @property
+    def _companions(self) -> dict[str, CriticEngine]:
+        return {} if self.parts.critic is None else {"critic": self.parts.critic}
+
     def _load(self) -> None:
         folder = sound_checkpoint(self.checkpoints, self._remember_damage)
         with self.parts.console.phase(f"loading {folder.name}"):
@@ -93,7 +107,7 @@ class Trainer:
             if reference.is_dir() and self._past_first_grpo_step(read_state(folder)):
                 load_weights(self.parts.engine, reference)
                 self.reference = self._frozen_weights()
-            self.state = load_checkpoint(self.parts.engine, folder)
+            self.state = load_checkpoint(self.parts.engine, folder, self._companions)
         self.parts.console.say(f"resumed after step {self.state.step}")
 
     def _remember_damage(self, text: str) -> None:
@@ -101,7 +115,8 @@ class Trainer:
         self.damage.append(text)
 
     def _past_first_grpo_step(self, state: RunState) -> bool:
-        first = next((i for i, stage in enumerate(self.recipe.stages) if stage.grpo), len(self.recipe.stages))
+        stages = self.recipe.stages
+        first = next((i for i, stage in enumerate(stages) if stage.samples_groups), len(stages))
         return state.stage_index > first or (state.stage_index == first and state.stage_step > 0)
 
     def _frozen_weights(self) -> Weights:
@@ -124,27 +139,51 @@ class Trainer:
         total = steps_of(self.recipe, stage)
         rate = rate_of(self.recipe, stage)
         self.journal.event("stage", self.state.step, f"{stage.kind}, {total} steps")
-        if stage.grpo and self._needs_reference and self.reference is None:
+        if stage.samples_groups and self._needs_reference and self.reference is None:
             self.reference = self._frozen_weights()
             self._tell(self.saver.save_weights(self.checkpoints / "reference"))
+        if stage.has_critic and self.adversary and self.adversary.is_new:
+            self.adversary.start()
         with self.parts.console.stage(stage.kind, total, self.state.stage_step):
             for step in range(self.state.stage_step, total):
                 metrics, lines = self._step(stage, step, rate.at(step))
                 report = StepReport(self.state.step, stage.kind, metrics)
                 self.journal.step(report, self.state.stage_step, lines)
-                self._evaluate_if_due(stage, last=step + 1 == total)
-                if step + 1 == total or self._checkpoint_is_due():
+                last = step + 1 == total or self._is_over(stage, metrics)
+                self._evaluate_if_due(stage, last=last)
+                if last:  # also before its time: a resumed run then goes on with the next stage
+                    self.state = replace(self.state, stage_step=total)
+                if last or self._checkpoint_is_due():
                     self._save()
                 self._tell(self.saver.poll())
                 if signal := preemption.asked():
                     self._leave(signal)
+                if last:
+                    break
+
+    def _is_over(self, stage: Stage, metrics: Mapping[str, float]) -> bool:
+        """Whether a metric has been where the stage wants it for long enough."""
+        until = stage.body.until
+        if until is None:
+            return False
+        self.in_band = self.in_band + 1 if until.holds(metrics.get(until.metric)) else 0
+        if self.in_band < until.steps:
+            return False
+        self.in_band = 0
+        self.journal.say(f"{stage.kind}: {until.metric} was in its band for {until.steps} steps: stage over")
+        self.journal.event("stage over", self.state.step, until.metric)
+        return True
 
     def _step(self, stage: Stage, step: int, lr: float) -> tuple[dict[str, float], list[str]]:
         """One step of the stage: what it measured, and lines for the log."""
         prompts = self._prompts()
         self.state = replace(self.state, step=self.state.step + 1, stage_step=step + 1)
-        if stage.sft:
-            return sft_step(self.parts, prompts, stage.sft, step, lr), []
+        if stage.supervised:
+            return sft_step(self.parts, prompts, stage.supervised.batch_size, step, lr), []
+        if stage.warmup:
+            assert self.adversary is not None, "a law of the recipe"
+            index = self.state.stage_index
+            return warmup_step(self.parts, prompts, stage.warmup, index, step, lr, self.adversary), []
         caps = self.watch.caps
         policy_loss = self.parts.steered_loss(caps)
         steering = Steering(
@@ -152,7 +191,8 @@ class Trainer:
             policy_loss=policy_loss,
             reference=self.reference if policy_loss.config.kl.coef else None,
         )
-        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering)
+        adversary = self.adversary if stage.adversarial else None
+        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering, adversary)
         watched = self.watch.look(self.state.step, made)
         if self.state.step % HISTOGRAM_EVERY == 0:
             self.journal.histograms(self.state.step, made.histograms)
@@ -176,7 +216,7 @@ class Trainer:
     def _evaluate_if_due(self, stage: Stage, *, last: bool) -> None:
         every = self.recipe.eval.every
         if last or (every and self.state.stage_step % every == 0):
-            if stage.sft:  # policy steps leave the sampler in step; supervised ones do not need one
+            if stage.supervised:  # policy steps leave the sampler in step; supervised ones do not need one
                 self.parts.sync_weights()
             self._evaluate(stage.kind)
 
@@ -191,7 +231,7 @@ class Trainer:
         if not asks_others:  # a pass rate of other problems than before is no better or worse
             self.state = replace(self.state, pass_rate=pass_rate)
         metrics = {**evaluation.metrics, **self.evaluations.metrics()}
-        if self.curriculum and kind != "sft":
+        if self.curriculum and kind in ("grpo", "adversarial"):
             line = self.curriculum.hear(pass_rate)
             metrics |= self.curriculum.metrics()
             self.journal.say(line)
@@ -204,7 +244,11 @@ class Trainer:
         return every > 0 and self.state.stage_step % every == 0
 
     def _save(self, *, wait: bool = False) -> None:
-        remembered = {"guard": self.watch.state, "evaluations": self.evaluations.to_json()}
+        remembered: dict[str, Any] = {"guard": self.watch.state, "evaluations": self.evaluations.to_json()}
+        if self.adversary:
+            remembered["critic"] = self.adversary.state
+        if self.in_band:
+            remembered["in_band"] = self.in_band
         if self.curriculum:
             remembered["curriculum"] = asdict(self.curriculum.state)
         with self.parts.console.phase("saving a checkpoint"):

@@ -12,7 +12,8 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
 
-from grpo_mega.recipe.blocks import Schedule, TrainBlock
+from grpo_mega.recipe.blocks import TrainBlock
+from grpo_mega.recipe.stage_blocks import Schedule
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,18 @@ import torch.distributed as dist
 from grpo_mega.monitor import histogram
 
 Reducer = Literal[
-    "mean", "sum", "max", "min", "rms", "variance", "std", "correlation", "p99", "abs_p99", "abs_p999"
+    "mean",
+    "sum",
+    "max",
+    "min",
+    "rms",
+    "variance",
+    "std",
+    "correlation",
+    "p99",
+    "abs_p99",
+    "abs_p999",
+    "histogram",
 ]
 
 QUANTILES = {"p99": 0.99, "abs_p99": 0.99, "abs_p999": 0.999}

@@ -11,6 +11,7 @@ from grpo_mega.algo.innovations import Innovations
 from grpo_mega.algo.innovations._base import Level, Surrogate
 from grpo_mega.algo.objectives import CispoObjective, ClipObjective, GmpoObjective
 from grpo_mega.block import Block, NotNegative, Positive
+from grpo_mega.recipe.stage_blocks import Schedule
 
 
 class RunBlock(Block):
@@ -136,58 +137,6 @@ class DataBlock(Block):
     """files: stop at a line that cannot be used, or report and skip it."""
     shuffle: bool = True
     """A new order each epoch, from the seed."""
-
-
-Schedule = Literal["constant", "linear", "cosine"]
-
-
-class SftStage(Block):
-    """Supervised warm-up on teacher_response."""
-
-    steps: NotNegative = 100
-    batch_size: Positive = 128
-    """Sequences in each update, over all ranks."""
-    lr: float | None = Field(default=None, gt=0)
-    """null: train.lr."""
-    warmup_steps: NotNegative | None = None
-    """null: train.warmup_steps."""
-    schedule: Schedule | None = None
-    """null: train.schedule."""
-
-
-class GrpoStage(Block):
-    """Rollouts, group advantages, policy updates."""
-
-    steps: NotNegative = 100
-    lr: float | None = Field(default=None, gt=0)
-    """null: train.lr."""
-    warmup_steps: NotNegative | None = None
-    """null: train.warmup_steps."""
-    schedule: Schedule | None = None
-    """null: train.schedule."""
-
-
-class Stage(Block):
-    """One entry of `stages`: exactly one kind."""
-
-    sft: SftStage | None = None
-    grpo: GrpoStage | None = None
-
-    @property
-    def kind(self) -> Literal["sft", "grpo"]:
-        return "sft" if self.sft is not None else "grpo"
-
-    @property
-    def body(self) -> SftStage | GrpoStage:
-        body = self.sft if self.sft is not None else self.grpo
-        assert body is not None
-        return body
-
-    @model_validator(mode="after")
-    def exactly_one_kind(self) -> Stage:
-        if (self.sft is None) == (self.grpo is None):
-            raise ValueError("a stage is exactly one of sft, grpo")
-        return self
 
 
 GSPO_CLIP = ClipObjective(low=3e-4, high=4e-4)

@@ -192,6 +192,10 @@ class FormatReward(Block):
         return self
 
 
+class DiscriminatorReward(Block):
+    """The score that the critic gives a sample, in adversarial stages."""
+
+
 class RewardItem(Block):
     """One entry of `reward`: exactly one kind, and what it counts."""
 
@@ -200,6 +204,7 @@ class RewardItem(Block):
     code: CodeReward | None = None
     verilog: VerilogReward | None = None
     format: FormatReward | None = None
+    discriminator: DiscriminatorReward | None = None
     weight: float = 1.0
 
     @property
@@ -213,11 +218,15 @@ class RewardItem(Block):
             "code": self.code,
             "verilog": self.verilog,
             "format": self.format,
+            "discriminator": self.discriminator,
         }
         return [kind for kind, block in given.items() if block is not None]
 
     @model_validator(mode="after")
     def exactly_one_kind(self) -> RewardItem:
         if len(self._kinds()) != 1:
-            raise ValueError("a reward is exactly one of rule, math, code, verilog, format (plus its weight)")
+            raise ValueError(
+                "a reward is exactly one of rule, math, code, verilog, format, discriminator "
+                "(plus its weight)"
+            )
         return self

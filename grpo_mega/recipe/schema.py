@@ -14,18 +14,18 @@ from grpo_mega.block import Block, NotNegative
 from grpo_mega.recipe.blocks import (
     AdvantageBlock,
     DataBlock,
-    GrpoStage,
     LossBlock,
     ModelBlock,
     ParallelBlock,
     RunBlock,
-    Stage,
     TrainBlock,
 )
+from grpo_mega.recipe.critic_block import CriticBlock
 from grpo_mega.recipe.curriculum_block import CurriculumBlock, check_curriculum, check_curriculum_hears
 from grpo_mega.recipe.reward_blocks import RewardItem, RuleReward
 from grpo_mega.recipe.rollout_block import RolloutBlock
 from grpo_mega.recipe.run_blocks import CheckpointBlock, EvalBlock, GuardBlock, TrackerName, WandbBlock
+from grpo_mega.recipe.stage_blocks import GrpoStage, Stage
 
 
 class Recipe(Block):
@@ -41,6 +41,7 @@ class Recipe(Block):
     reward: tuple[RewardItem, ...] = (RewardItem(rule=RuleReward()),)
     advantage: AdvantageBlock = AdvantageBlock()
     loss: LossBlock = LossBlock()
+    critic: CriticBlock = CriticBlock()
     train: TrainBlock = TrainBlock()
     eval: EvalBlock = EvalBlock()
     curriculum: CurriculumBlock = CurriculumBlock()
@@ -104,6 +105,33 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def stages_with_a_critic_have_one(self) -> Recipe:
+        needs = next((stage.kind for stage in self.stages if stage.has_critic), None)
+        kind = self.critic.kind
+        if needs and kind != "discriminator":
+            raise ValueError(f"stage {needs} trains a discriminator: set critic.kind (it is {kind}) to it")
+        if kind == "discriminator" and not needs:
+            raise ValueError("critic.kind discriminator has no stage to learn in: add warmup or adversarial")
+        if kind == "value":
+            raise ValueError("critic.kind value is no part of a run yet: grpo_mega.critic.value has its loss")
+        return self
+
+    @model_validator(mode="after")
+    def an_adversarial_stage_rewards_by_its_critic(self) -> Recipe:
+        adversarial = any(stage.adversarial for stage in self.stages)
+        count = sum(item.discriminator is not None for item in self.reward)
+        if adversarial and count != 1:
+            raise ValueError(
+                "an adversarial stage takes its reward from the critic: name `discriminator: {}` once "
+                f"under reward (it is there {count} times)"
+            )
+        if count and not adversarial:
+            raise ValueError(
+                "reward discriminator scores samples of adversarial stages only: add one, or remove it"
+            )
+        return self
+
+    @model_validator(mode="after")
     def a_curriculum_hears_of_its_own_problems(self) -> Recipe:
         check_curriculum(self.curriculum, self.data)
         check_curriculum_hears(self.curriculum, self.eval.every)
@@ -111,7 +139,7 @@ class Recipe(Block):
 
     @model_validator(mode="after")
     def grpo_needs_samples_that_differ(self) -> Recipe:
-        if not any(stage.grpo for stage in self.stages):
+        if not any(stage.samples_groups for stage in self.stages):
             return self
         if self.rollout.temperature == 0:
             raise ValueError(

@@ -24,6 +24,10 @@ class RewardAssembly:
 
     def __init__(self, items: Sequence[RewardItem], hidden: Sequence[Path] = ()):
         assert items, "a run without a reward has nothing to learn from"
+        judges = [item for item in items if item.discriminator is not None]
+        self.discriminator_weight = sum(item.weight for item in judges)
+        """Of the critic's score, which is given where the critic is."""
+        items = [item for item in items if item.discriminator is None]
         names: list[str] = []
         for item in items:
             names.append(_unused(item.name, names))
@@ -33,8 +37,9 @@ class RewardAssembly:
 
     @property
     def weights(self) -> dict[str, float]:
-        """By component, in their order."""
-        return {reward.name: weight for reward, weight in self._components}
+        """By component, in their order; the critic's last."""
+        own = {reward.name: weight for reward, weight in self._components}
+        return own | ({"discriminator": self.discriminator_weight} if self.discriminator_weight else {})
 
     def score_groups(self, groups: Sequence[Group]) -> list[tuple[Score, ...]]:
         """One tuple a group, one Score a sample, in the samples' order."""

@@ -85,7 +85,7 @@ def _update(
     from grpo_mega.inputs import Inputs
     from grpo_mega.monitor.console import Console
     from grpo_mega.parts import Parts
-    from grpo_mega.steps import policy_update, prepare_update
+    from grpo_mega.steps import Steering, policy_update, prepare_update
     from grpo_mega.sync.stream import HfDirectory, load_hf
 
     recipe = _recipe(directory, parallel, aggregate, micro_batch_tokens)
@@ -97,7 +97,8 @@ def _update(
     engine.weights_changed()
     reference = {name: 1.01 * weight for name, weight in engine.copy_weights().items()}
     mine = sequences[layout.rank :: layout.world_size]
-    metrics = policy_update(parts, prepare_update(parts, mine, reference), LR)
+    steering = Steering(LR, parts.policy_loss, reference)
+    metrics = policy_update(parts, prepare_update(parts, mine, reference), steering, {})
     return metrics, {name: tensor.clone() for name, tensor in parts.hf_tensors()}
 
 

@@ -1,0 +1,155 @@
+"""What a policy step begins with: samples of its prompts, what they earn, how much better than each other.
+
+The rank that sampled a group scores it: a group never leaves its rank before its advantage is known.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from grpo_mega.algo.advantage import StepMoments, group_advantages, normalised
+from grpo_mega.data.stream import PromptStream
+from grpo_mega.engine.device import device
+from grpo_mega.monitor import histogram
+from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
+from grpo_mega.parts import Parts
+from grpo_mega.recipe.blocks import AdvantageBlock
+from grpo_mega.types import Group, Score, TrainSequence
+
+TEMPORARY = "temp_seq_"
+"""How sequences are named whose samples came without a uid."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rollouts:
+    """This rank's groups of a step, and their places in the step's batch of prompts."""
+
+    places: list[int]
+    groups: list[Group]
+
+    @property
+    def orders(self) -> list[int]:
+        """Of every sample, in the groups' order: its place in the step, the same on any layout."""
+        return [
+            place * len(group.samples) + sample.rollout_index
+            for place, group in zip(self.places, self.groups, strict=True)
+            for sample in group.samples
+        ]
+
+
+def sample_groups(
+    parts: Parts, prompts: PromptStream, stage_index: int, step: int, group_size: int
+) -> Rollouts:
+    """The step's prompts, dealt to ranks, each answered `group_size` times by the current policy."""
+    batch = prompts.prompts_for_step(step, parts.recipe.rollout.prompts_per_step)
+    share = parts.sampler.share(batch, parts.layout.rank, parts.layout.world_size)
+    groups = parts.sampler.generate(
+        [prompt for _, prompt in share],
+        group_size,
+        parts.inputs.sampling,
+        parts.inputs.stage_seed(stage_index),
+    )
+    return Rollouts([place for place, _ in share], groups)
+
+
+def weighed(
+    parts: Parts,
+    rollouts: Rollouts,
+    scores: Sequence[tuple[Score, ...]],
+    histograms: dict[str, list[float]],
+) -> tuple[list[TrainSequence], dict[str, float]]:
+    """Sequences with their advantages, and what is reported of samples and scores."""
+    advantages = step_advantages(scores, parts.recipe.advantage)
+    sequences = to_train_sequences(rollouts, advantages)
+    if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
+        parts.warn_of_missing_uids(unnamed)
+    reported = reduce(rollout_metrics(rollouts.groups, scores), dist.group.WORLD, histograms)
+    _add_reward_std(reported)
+    return sequences, reported | component_means(scores, parts.inputs.rewards.weights)
+
+
+def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) -> list[np.ndarray]:
+    """Of every sample of this rank's groups; one estimator looks at all samples of the step, on all ranks."""
+    advantages = [group_advantages([score.total for score in group], block) for group in scores]
+    if block.estimator != "reinforce_plus_plus":
+        return advantages
+    mine = StepMoments.of(np.concatenate([np.empty(0), *advantages]))
+    sums = torch.tensor([mine.count, mine.total, mine.squares], dtype=torch.float64, device=device())
+    dist.all_reduce(sums)
+    moments = StepMoments(*sums.tolist())
+    return [normalised(values, moments, block) for values in advantages]
+
+
+def to_train_sequences(rollouts: Rollouts, advantages: Sequence[np.ndarray]) -> list[TrainSequence]:
+    """Samples with their advantages."""
+    pairs = ((group.prompt, sample) for group in rollouts.groups for sample in group.samples)
+    values = np.concatenate([np.empty(0), *advantages]).astype(np.float32)
+    return [
+        TrainSequence(
+            order=order,
+            uid=sample.uid or f"{TEMPORARY}{order}",
+            token_ids=np.array([*prompt.token_ids, *sample.response_ids], np.int64),
+            prompt_length=len(prompt.token_ids),
+            sampler_logprobs=np.array(sample.sampler_logprobs, np.float32),
+            advantage=float(value),
+        )
+        for order, (prompt, sample), value in zip(rollouts.orders, pairs, values, strict=True)
+    ]
+
+
+def rollout_metrics(groups: Sequence[Group], scores: Sequence[tuple[Score, ...]]) -> dict[str, Metric]:
+    """Of this rank's samples; every rank brings the same names, also one without any."""
+    samples = [sample for group in groups for sample in group.samples]
+    totals = _numbers([score.total for group in scores for score in group])
+    lengths = _numbers([len(sample.response_ids) for sample in samples])
+    truncated = _numbers([sample.finish_reason == "length" for sample in samples])
+    flat = _numbers([len({score.total for score in group}) == 1 for group in scores])
+    rates = _numbers([score.pass_rate for group in scores for score in group])
+    every, each_group = torch.ones_like(totals, dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
+    return {
+        "reward/mean": mean_of(totals, every),
+        "reward/mean_square": mean_of(totals.square(), every),
+        "reward/min": min_of(totals, every),
+        "reward/max": max_of(totals, every),
+        "reward/distribution": Metric(histogram.counts(totals, every), every.sum(), "histogram"),
+        "reward/pass_rate": mean_of(rates, ~rates.isnan()),
+        "group/zero_std_fraction": mean_of(flat, each_group),
+        "rollout/response_length": mean_of(lengths, every),
+        "rollout/response_length_max": max_of(lengths, every),
+        "rollout/truncated_fraction": mean_of(truncated, every),
+    }
+
+
+def component_means(scores: Sequence[tuple[Score, ...]], weights: Mapping[str, float]) -> dict[str, float]:
+    """Each reward's own mean over the samples of all ranks, as it is and as it counts; its parts as they
+    are."""
+    sums: dict[str, tuple[float, int]] = {}
+    for group in scores:
+        for score in group:
+            for name, value in score.components.items():
+                total, count = sums.get(name, (0.0, 0))
+                sums[name] = (total + value, count + 1)
+    gathered: list[dict[str, tuple[float, int]]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(gathered, sums)
+    means: dict[str, float] = {}
+    for name in sorted({name for part in gathered for name in part}):
+        found = [part[name] for part in gathered if name in part]
+        means[f"reward/raw/{name}"] = sum(total for total, _ in found) / sum(count for _, count in found)
+        if name in weights:
+            means[f"reward/weighted/{name}"] = weights[name] * means[f"reward/raw/{name}"]
+    return means
+
+
+def _numbers(values: Sequence[float | bool]) -> torch.Tensor:
+    return torch.tensor([float(value) for value in values], dtype=torch.float64, device=device())
+
+
+def _add_reward_std(metrics: dict[str, float]) -> None:
+    square = metrics.pop("reward/mean_square")
+    metrics["reward/std"] = math.sqrt(max(0.0, square - metrics["reward/mean"] ** 2))

@@ -1,0 +1,274 @@
+"""SGLang servers that belong to a run: started, watched, restarted, and gone when it is.
+
+Each server is a process group (and session) of its own, led by its guard, which ends the group when the
+trainer is gone, however that went.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import httpx
+
+from grpo_mega.errors import UserError
+
+PYTHON_VARIABLE = "GRPO_MEGA_SGLANG_PYTHON"
+"""Environment: the Python of the virtual environment that holds sglang."""
+
+STOP_SECONDS = 15.0
+"""A server that was asked to end takes 6-10 s on a busy machine."""
+HEALTH_SECONDS = 10.0
+LOG_LINES_SHOWN = 15
+
+# What rules a rank of the trainer, and must not rule a server.
+_TRAINER_VARIABLES = (
+    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
+    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"),
+    *("OMP_NUM_THREADS", "TRITON_INTERPRET"),
+)
+_TRAINER_PREFIXES = ("TORCHELASTIC_", "GRPO_MEGA_")
+
+_CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
+# Plain torch everywhere. Deterministic inference, and with it seeds, wants attention kernels that need a GPU.
+_CPU_FLAGS = (
+    *("--device", "cpu"),
+    *("--attention-backend", "torch_native"),
+    *("--sampling-backend", "pytorch"),
+    *("--cuda-graph-backend-decode", "disabled"),
+    *("--cuda-graph-backend-prefill", "disabled"),
+    *("--mem-fraction-static", "0.1"),
+    *("--max-total-tokens", "65536"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ServerSpec:
+    """How to start a server. It starts with random weights: the first sync brings the real ones.
+
+    Example: ServerSpec(python="/venv/bin/python", model=Path("run/servers/model"), dtype="float32",
+                        folder=Path("run/servers"), on_gpu=False)
+    """
+
+    python: str
+    model: Path  # config.json of the model
+    dtype: str
+    folder: Path  # logs
+    on_gpu: bool
+    tp: int = 1
+    cpu_threads: int = 1
+    seed: int = 0
+    startup_seconds: float = 300.0
+    extra_args: tuple[str, ...] = ()
+
+    def command(self, port: int, index: int) -> list[str]:
+        return [
+            *(self.python, "-m", "sglang.launch_server"),
+            *("--model-path", str(self.model.resolve())),
+            *("--load-format", "dummy"),
+            *("--dtype", self.dtype),
+            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--tp-size", str(self.tp)),
+            *("--random-seed", str(self.seed + index)),
+            "--skip-tokenizer-init",
+            *(() if self.on_gpu else _CPU_FLAGS),
+            *self.extra_args,
+        ]
+
+    def environment(self) -> dict[str, str]:
+        kept = {
+            name: value
+            for name, value in os.environ.items()
+            if name not in _TRAINER_VARIABLES and not name.startswith(_TRAINER_PREFIXES)
+        }
+        cpu = {} if self.on_gpu else _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.cpu_threads)}
+        return kept | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | cpu
+
+
+def server_python(configured: str | None) -> str:
+    """The recipe's, else the environment's; it is checked that it runs."""
+    python = configured or os.environ.get(PYTHON_VARIABLE)
+    if python and os.access(python, os.X_OK):
+        return python
+    raise UserError(
+        f"{python} is no program that can be run" if python else "no Python to run SGLang servers with",
+        where="rollout.sglang.python" if configured or not python else f"environment {PYTHON_VARIABLE}",
+        law="SGLang lives in a virtual environment of its own: its pinned packages are not the trainer's",
+        remedy=f"set rollout.sglang.python, or {PYTHON_VARIABLE}, to that environment's bin/python; "
+        "without a GPU, tools/install_sglang_cpu.sh DIR makes one",
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass(eq=False)
+class ManagedServer:
+    """One server; its address changes when it is started again."""
+
+    spec: ServerSpec
+    index: int
+    url: str = field(default="", init=False)
+    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+
+    @property
+    def log(self) -> Path:
+        return self.spec.folder / f"server-{self.index}.log"
+
+    @property
+    def pid(self) -> int | None:
+        """Of the guard, which is also the process group's."""
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Returns at once; `wait_until_ready` follows."""
+        port = free_port()
+        command = self.spec.command(port, self.index)
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as log:
+            log.write(f"\n== {time.strftime('%F %T')} {' '.join(command)}\n".encode())
+            log.flush()
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "grpo_mega.rollout.guard", str(os.getpid()), *command],
+                stdin=subprocess.PIPE,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        assert self._process.stdin is not None
+        # not as an argument: everybody can read those
+        self._process.stdin.write(json.dumps(self.spec.environment()).encode())
+        self._process.stdin.close()
+        self.url = f"http://127.0.0.1:{port}"
+
+    def wait_until_ready(self) -> None:
+        deadline = time.monotonic() + self.spec.startup_seconds
+        while not self.is_healthy():
+            if not self.is_running or time.monotonic() > deadline:
+                raise self._not_started()
+            time.sleep(0.2)
+
+    def _not_started(self) -> UserError:
+        if self.is_running:
+            what = f"server {self.index} is not ready after {self.spec.startup_seconds:g} s"
+            self.stop()
+        else:
+            code = self._process.poll() if self._process else None
+            what = f"server {self.index} ended with exit code {code} while starting"
+        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+        return UserError(
+            what + "\n  " + "\n  ".join(line[:200] for line in lines),
+            where=f"{self.log}",
+            law="a managed server answers /health before it is used",
+            remedy="read the log; correct rollout.sglang.extra_args or the environment at "
+            f"{self.spec.python}, or raise rollout.sglang.startup_seconds",
+        )
+
+    @property
+    def is_running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def is_healthy(self, *, thoroughly: bool = True) -> bool:
+        """It runs and answers; thoroughly: its scheduler too, which takes a second."""
+        if not self.is_running:
+            return False
+        url = f"{self.url}/{'health' if thoroughly else 'model_info'}"
+        try:
+            answer = httpx.get(url, timeout=HEALTH_SECONDS, trust_env=False, verify=False)  # no certificates
+            return answer.status_code == 200
+        except httpx.HTTPError:
+            return False
+
+    def ask_to_end(self) -> None:
+        if self._process is not None and self.is_running:
+            self._process.terminate()
+
+    def stop(self, limit_seconds: float = STOP_SECONDS) -> None:
+        """Ask it to end, wait, then kill what is left of its process group."""
+        if self._process is None:
+            return
+        if limit_seconds > 0:
+            self.ask_to_end()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(limit_seconds)
+        with suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+
+@dataclass(eq=False)
+class ServerPool:
+    """All servers of a run.
+
+    Example:
+        pool = ServerPool(spec, count=2, max_restarts=3)
+        pool.start()  # pool.urls
+        pool.revive()  # before each sync: whoever died is started again
+    """
+
+    spec: ServerSpec
+    count: int
+    max_restarts: int
+    restarts: int = 0  # so far, of all servers
+    _servers: list[ManagedServer] = field(default_factory=list[ManagedServer], init=False)
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        return tuple(server.url for server in self._servers)
+
+    @property
+    def servers(self) -> tuple[ManagedServer, ...]:
+        return tuple(self._servers)
+
+    def start(self) -> None:
+        self._servers = [ManagedServer(self.spec, index) for index in range(self.count)]
+        self._start(self._servers)
+
+    def _start(self, servers: list[ManagedServer]) -> None:
+        try:
+            for server in servers:
+                server.start()
+            for server in servers:
+                server.wait_until_ready()
+        except BaseException:
+            self.stop(limit_seconds=0)
+            raise
+
+    def revive(self, *, thoroughly: bool = True) -> int:
+        """Start again every server that does not answer; how many those were. Their weights are random."""
+        dead = [server for server in self._servers if not server.is_healthy(thoroughly=thoroughly)]
+        if not dead:
+            return 0
+        if self.restarts + len(dead) > self.max_restarts:
+            self.stop(limit_seconds=0)
+            raise UserError(
+                f"server {dead[0].index} died or hangs, and {self.restarts} restarts were made already",
+                where=f"{dead[0].log}",
+                law=f"servers are restarted at most rollout.sglang.max_restarts ({self.max_restarts}) times",
+                remedy="read the log for why it died (memory, most often); lower the load or raise the limit",
+            )
+        self.restarts += len(dead)
+        for server in dead:
+            server.stop(limit_seconds=0)  # what hangs does not hear a request to end
+        self._start(dead)
+        return len(dead)
+
+    def stop(self, limit_seconds: float = STOP_SECONDS) -> None:
+        """All at once, within the limit."""
+        if limit_seconds > 0:
+            for server in self._servers:
+                server.ask_to_end()
+        for server in self._servers:
+            server.stop(limit_seconds)

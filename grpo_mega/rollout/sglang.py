@@ -1,0 +1,366 @@
+"""Sampling from SGLang servers, with the interface of the embedded engine.
+
+Every sample has a seed of its own, from the run's seed and its uid. Servers started with
+--enable-deterministic-inference honour it (it needs a GPU); others, those without a GPU among them, draw
+independent numbers, and a run repeated is another run.
+
+Samples are only taken from servers whose weights were proved to be those sent last. Whoever dies is started
+again and gets the weights again, and what was sampled before stays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import hashlib
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from grpo_mega.errors import UserError
+from grpo_mega.recipe.rollout_block import RolloutBlock
+from grpo_mega.rollout.client import Ask, Completion, Patience, ServersGone, SglangClient
+from grpo_mega.rollout.sampling import SamplingParams
+from grpo_mega.rollout.server import ServerPool, ServerSpec, free_port, server_python
+from grpo_mega.sync.proof import Probe, Proof
+from grpo_mega.sync.servers import ControlPlane, SyncFailed
+from grpo_mega.sync.transport import (
+    DiskTransport,
+    DistributedTransport,
+    SyncReport,
+    TensorTransport,
+    Transport,
+    push,
+)
+from grpo_mega.types import Group, Prompt, Sample
+
+ValueT = TypeVar("ValueT")
+Tensors = Iterable[tuple[str, torch.Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """This process among those that sample. Rank 0 owns the servers and sends the weights."""
+
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def is_lead(self) -> bool:
+        return self.rank == 0
+
+    def lead_says(self, value: ValueT) -> ValueT:
+        """Rank 0's value, on every rank."""
+        if self.ranks == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def first_trouble(self, trouble: str | None) -> str | None:
+        """What some rank says; None when all are content."""
+        if self.ranks == 1:
+            return trouble
+        said: list[str | None] = [None] * self.ranks
+        dist.all_gather_object(said, trouble)
+        return next((text for text in said if text is not None), None)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a server must know of the model, and how its tokens are shown."""
+
+    hf: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: str
+    on_gpu: bool
+
+
+@dataclass(eq=False)
+class SglangEngine:
+    """Example:
+    engine = SglangEngine(recipe.rollout, ModelFacts(hf, tokenizer, "float32", on_gpu=False), Path("runs/a"))
+    engine.load(Again(lambda: stream_hf(...)))
+    groups = engine.generate(prompts, group_size=8, params=params, seed=0)
+    """
+
+    block: RolloutBlock
+    model: ModelFacts
+    run_dir: Path
+    rank: Rank = Rank()
+    probe: Callable[[], Probe] | None = None  # a collective; where checksums cannot be compared
+    seed: int = 0
+    report: SyncReport | None = field(default=None, init=False)  # of the last sync
+    _pool: ServerPool | None = field(default=None, init=False)
+    _urls: tuple[str, ...] = field(default=(), init=False)
+    _client: SglangClient | None = field(default=None, init=False)
+    _control: ControlPlane | None = field(default=None, init=False)
+    _transport: Transport | None = field(default=None, init=False)
+    _version: str | None = field(default=None, init=False)  # None: nothing is proved
+    _tensors: Tensors | None = field(default=None, init=False)
+    _syncs: int = field(default=0, init=False)
+    _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
+    _loop: asyncio.Runner | None = field(default=None, init=False)
+
+    def share(self, prompts: Sequence[Prompt], rank: int, ranks: int) -> list[tuple[int, Prompt]]:
+        return [(place, prompt) for place, prompt in enumerate(prompts) if place % ranks == rank]
+
+    @property
+    def version(self) -> str | None:
+        """Of the weights that samples come from now."""
+        return self._version
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Of the last sync, and of what went wrong so far (on this rank)."""
+        metrics = self.report.metrics() if self.report else {}
+        metrics["rollout/retried_requests"] = float(self._client.retried if self._client else 0)
+        metrics["rollout/server_restarts"] = float(self._pool.restarts if self._pool else 0)
+        return metrics
+
+    # ---- weights ----
+
+    def load(self, tensors: Tensors) -> None:
+        """Bring new weights to all servers. What can be iterated only once is tried only once."""
+        self._load(tensors, thoroughly=False)
+
+    def _load(self, tensors: Tensors, *, thoroughly: bool) -> None:
+        """`thoroughly`: look first whether servers that answer can also sample."""
+        self._version = None
+        once = iter(tensors) is tensors
+        self._tensors = None if once else tensors
+        probe = self.probe() if self.probe else None
+        attempts = 1 if once else self.block.sglang.retries + 1
+        trouble: str | None = None
+        for attempt in range(attempts):
+            if attempt:
+                time.sleep(Patience().delay(attempt))
+            self._make_ready(thoroughly or attempt > 0)
+            began = time.perf_counter()
+            self._syncs += 1
+            version = self.rank.lead_says(f"{self._token}-{self._syncs}")
+            trouble, size = self.rank.lead_says(self._send(tensors, version, probe))
+            if trouble is None:
+                self.report = SyncReport(version, time.perf_counter() - began, size, attempt + 1)
+                self._version = version
+                return
+        raise UserError(
+            f"the servers did not get the new weights in {attempts} attempts: {trouble}",
+            where=f"rollout.sglang.transport {self.block.sglang.transport}",
+            law="samples come only from servers that have the trainer's weights, proved",
+            remedy="look into the servers' logs; another transport may suit: disk needs a folder that they "
+            "can read, distributed a network between rank 0 and them, tensor neither",
+        )
+
+    def _send(self, tensors: Tensors, version: str, probe: Probe | None) -> tuple[str | None, int]:
+        """Trouble, if there was any, and the bytes sent."""
+        stream = iter(tensors)
+        if not self.rank.is_lead:
+            for _ in stream:
+                pass
+            return None, 0
+        assert self._transport is not None and self._control is not None
+        control = self._control
+        try:
+            size = push(stream, version, self._transport, Proof(control, probe))
+            control.post("update_weight_version", {"new_version": version, "abort_all_requests": False})
+        except SyncFailed as failure:
+            return str(failure), 0
+        return None, size
+
+    def _make_ready(self, thoroughly: bool) -> None:
+        """Servers run, and every rank knows where."""
+        urls = self._urls
+        if self.rank.is_lead:
+            managed = self.block.sglang.mode == "managed"
+            urls = self._managed_urls(thoroughly) if managed else self.block.sglang.urls
+        urls = self.rank.lead_says(urls)
+        if urls != self._urls:
+            self._urls = urls
+            self._connect()
+        elif self._client is not None:
+            self._client.expect_fresh_servers()
+
+    def _managed_urls(self, thoroughly: bool) -> tuple[str, ...]:
+        block = self.block.sglang
+        if self._pool is None:
+            spec = ServerSpec(
+                python=server_python(block.python),
+                model=self._describe_model(),
+                dtype=self.model.dtype,
+                folder=self.run_dir / "servers",
+                on_gpu=self.model.on_gpu,
+                tp=block.tp,
+                seed=self.seed,
+                startup_seconds=block.startup_seconds,
+                extra_args=block.extra_args,
+            )
+            self._pool = ServerPool(spec, block.servers, block.max_restarts)
+            atexit.register(self.close)
+            self._pool.start()
+        else:
+            self._pool.revive(thoroughly=thoroughly)
+        return self._pool.urls
+
+    def _describe_model(self) -> Path:
+        """A folder with the model's configuration: a server starts from it, without weights. It names no end
+        of sequence, so that samples end at the stop tokens that were asked for and nowhere else."""
+        folder = self.run_dir / "servers" / "model"
+        folder.mkdir(parents=True, exist_ok=True)
+        config = type(self.model.hf).from_dict(self.model.hf.to_dict())
+        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
+        config.dtype = self.model.dtype
+        config.eos_token_id = None
+        config.save_pretrained(folder)
+        GenerationConfig().save_pretrained(folder)
+        return folder
+
+    def _connect(self) -> None:
+        """Clients of the servers where they are now."""
+        block = self.block.sglang
+        retried = self._client.retried if self._client else 0
+        self._close_clients()
+        concurrency = math.ceil(block.concurrency / self.rank.ranks)
+        patience = Patience(block.timeout_seconds, block.retries)
+        self._client = SglangClient(self._urls, concurrency, patience, retried)
+        self._loop = asyncio.Runner()
+        if self.rank.is_lead:
+            self._control = ControlPlane(self._urls, block.tp, block.timeout_seconds)
+            self._transport = self._new_transport(self._control)
+
+    def _new_transport(self, control: ControlPlane) -> Transport:
+        match self.block.sglang.transport:
+            case "disk":
+                model = self._describe_model()
+                return DiskTransport(control, self.run_dir / "servers", model)
+            case "tensor":
+                return TensorTransport(control)
+            case "distributed":
+                address = "127.0.0.1" if self._pool else os.environ.get("MASTER_ADDR", "127.0.0.1")
+                backend = "nccl" if self.model.on_gpu else "gloo"
+                return DistributedTransport(control, address, free_port, backend)
+
+    # ---- samples ----
+
+    def generate(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> list[Group]:
+        """A group for each prompt, in order. All ranks call it: should the servers need the weights again,
+        all send them."""
+        asks = {
+            (uid := f"{prompt.uid}/{index}"): Ask(uid, prompt.token_ids, params, sample_seed(seed, uid))
+            for prompt in prompts
+            for index in range(group_size)
+        }
+        done: dict[str, Completion] = {}
+        for _ in range(self.block.sglang.retries + 1):
+            missing = [ask for uid, ask in asks.items() if uid not in done]
+            trouble = self.rank.first_trouble(self._complete(missing, done, group_size, advance))
+            if trouble is None:
+                return [self._group(prompt, group_size, done) for prompt in prompts]
+            self._recover(trouble)
+        raise UserError(
+            f"the servers were lost again and again: {trouble}",
+            where="rollout.sglang",
+            law=f"servers that come back get the weights again, {self.block.sglang.retries} times a batch",
+            remedy="read the servers' logs",
+        )
+
+    def _complete(
+        self,
+        asks: Sequence[Ask],
+        done: dict[str, Completion],
+        group_size: int,
+        advance: Callable[[int], None] | None,
+    ) -> str | None:
+        """Trouble, when no server was left."""
+        if self._version is None or self._client is None or self._loop is None:
+            raise UserError(
+                "the servers have no weights that were proved to be the trainer's",
+                where="rollout.sglang",
+                law="samples come only from the trainer's weights",
+                remedy="sync the weights first; after a failed sync, see its message",
+            )
+        left = {}  # samples of a group still missing, by prompt
+        for ask in asks:
+            prompt_uid = ask.uid.rpartition("/")[0]
+            left[prompt_uid] = left.get(prompt_uid, 0) + 1
+
+        def accept(completion: Completion) -> None:
+            assert completion.uid not in done, f"{completion.uid} was sampled twice"
+            done[completion.uid] = completion
+            prompt_uid = completion.uid.rpartition("/")[0]
+            left[prompt_uid] -= 1
+            if advance and not left[prompt_uid]:
+                advance(1)
+
+        try:
+            self._loop.run(self._client.complete(asks, self._version, accept))
+        except ServersGone as gone:
+            return str(gone)
+        return None
+
+    def _recover(self, trouble: str) -> None:
+        if self._tensors is None:
+            raise UserError(
+                f"no server is left: {trouble}",
+                where="rollout.sglang",
+                law="a server that comes back has no weights of this run; they were given only once",
+                remedy="look into the servers' logs, start again from the last checkpoint",
+            )
+        self._load(self._tensors, thoroughly=True)
+
+    def _group(self, prompt: Prompt, group_size: int, done: dict[str, Completion]) -> Group:
+        samples = (self._sample(done[f"{prompt.uid}/{index}"], index) for index in range(group_size))
+        return Group(prompt, tuple(samples))
+
+    def _sample(self, completion: Completion, index: int) -> Sample:
+        ids = completion.token_ids
+        visible = list(ids[:-1] if completion.finish_reason == "stop" else ids)
+        tokenizer: Any = self.model.tokenizer
+        return Sample(
+            uid=completion.uid,
+            rollout_index=index,
+            response_ids=ids,
+            sampler_logprobs=completion.logprobs,
+            text=tokenizer.decode(visible, skip_special_tokens=True),
+            finish_reason=completion.finish_reason,
+        )
+
+    # ---- the end ----
+
+    def close(self) -> None:
+        """Stop servers that belong to the run. Safe to call twice."""
+        self._version = None
+        self._close_clients()
+        if self._pool is not None:
+            self._pool.stop()
+
+    def _close_clients(self) -> None:
+        if self._loop is not None and self._client is not None:
+            self._loop.run(self._client.close())
+            self._loop.close()
+        if self._control is not None:
+            self._control.close()
+        self._client = self._loop = self._control = self._transport = None
+
+
+def sample_seed(seed: int, uid: str) -> int:
+    """63 bits that depend on the run's seed and the sample's uid alone, like the local engine's numbers."""
+    key = hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") >> 1

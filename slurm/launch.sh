@@ -1,0 +1,75 @@
+#!/bin/bash
+# What the job files here share:  launch.sh train RECIPE [KEY=VALUE ...]   or   launch.sh eval RUN [KEY=VALUE ...]
+#
+# One rank for each Slurm task. A job that has to leave early saves, ends with 85, is requeued and goes on. From outside:
+#   OVERRIDES     more KEY=VALUE, quoted as in a shell: OVERRIDES="train.steps=3 parallel.dp=2"
+#   OPTIONS       options of grpo-mega: OPTIONS=--resume
+#   PYTHON        the interpreter of the environment (python: whatever was active when the job was submitted)
+#   MAX_RESTARTS  how often a job may come back (20)
+set -uo pipefail
+
+REQUEUE=85  # what a rank ends with that has saved on request, or that hung
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+python=${PYTHON:-python}
+step="" signals=0
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}  # the bare number of one task of an array may mean the whole array
+
+# Slurm asks this script (--signal=B:USR1@180). The ranks hear it as USR1: on TERM srun would kill them unsaved.
+# shellcheck disable=SC2329  # the trap calls it
+pass_on() {
+  signals=$((signals + 1))
+  # A second request would end ranks that are saving.
+  if [ "$signals" = 1 ] && [ -n "$step" ]; then kill -USR1 "$step"; fi
+}
+
+wait_for_step() {  # a signal cuts `wait` short, so it is repeated until it was not
+  local before
+  while true; do
+    before=$signals
+    wait "$step"
+    code=$?
+    [ "$before" != "$signals" ] || return 0
+  done
+}
+
+come_back() {
+  local restarts=${SLURM_RESTART_COUNT:-0} most=${MAX_RESTARTS:-20}
+  if [ "$restarts" -ge "$most" ]; then
+    echo "error: this job has come back $restarts times, and MAX_RESTARTS is $most" >&2
+    echo "  remedy: look into the logs; then submit it again with OPTIONS=--resume" >&2
+  elif timeout 60 scontrol --oneliner show job "$job" | grep -q "JobState=RUNNING"; then
+    echo "requeued after $restarts restarts"
+    timeout 60 scontrol requeue "$job"
+  fi  # otherwise Slurm is ending the job itself: one that was cancelled stays cancelled
+  exit $REQUEUE
+}
+
+trap pass_on USR1 TERM
+mapfile -t overrides < <(xargs -r printf '%s\n' <<< "${OVERRIDES:-}")
+read -ra options <<< "${OPTIONS:-}"
+arguments=("$@" "${overrides[@]}" "${options[@]}")
+
+# Once, before any rank: the recipe's laws, the lock on the run's directory, a free port, whether to resume.
+prepared=$("$python" -m grpo_mega.slurm_job begin "${arguments[@]}") || exit $?
+{ read -r run_dir && read -r logs && read -r MASTER_PORT && read -r resume; } <<< "$prepared"
+trap '"$python" -m grpo_mega.slurm_job release "$run_dir"' EXIT
+[ -z "$resume" ] || arguments+=("$resume")
+MASTER_ADDR=$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_ADDR MASTER_PORT
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since Slurm 22.05 srun does not take it from the job
+[ "$signals" = 0 ] || come_back
+
+echo "job $job on $SLURM_JOB_NODELIST: $SLURM_NTASKS ranks meet at $MASTER_ADDR:$MASTER_PORT; logs: $logs"
+output=()
+[ "$1" != train ] || output=(--output="$logs/rank_%t.txt" --open-mode=append)
+srun --kill-on-bad-exit=1 --distribution=block --input=none "${output[@]}" \
+  "$here/rank.sh" "$python" -m grpo_mega "${arguments[@]}" 2> "$logs/srun.txt" &
+step=$!
+[ "$signals" = 0 ] || kill -USR1 "$step"
+wait_for_step
+"$python" -m grpo_mega.slurm_job explain "$logs" "$code"
+code=$?
+[ "$code" != $REQUEUE ] || come_back
+exit "$code"

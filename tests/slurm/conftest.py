@@ -1,0 +1,49 @@
+"""One local Slurm for all tests of this folder."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests import tiny
+from tests.slurm.cluster import Cluster
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    if not all(
+        shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd")
+    ):
+        pytest.skip("needs slurmctld and slurmd: apt-get install slurmctld slurmd slurm-client munge")
+    # Paths of sockets are short, and pytest's own folders are not.
+    with tempfile.TemporaryDirectory(prefix="grpo_mega-slurm-") as name:
+        slurm = Cluster(Path(name) / "cluster")
+        slurm.folder.mkdir()
+        Path(name).chmod(0o755)
+        slurm.start()
+        try:
+            yield slurm
+        finally:
+            slurm.stop()
+
+
+@pytest.fixture(scope="session")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """Two ranks, eight steps of a fraction of a second."""
+    folder = tmp_path_factory.mktemp("recipe")
+    content = tiny.recipe_dict(
+        folder / "run",
+        parallel={"dp": 2},
+        stages=[{"grpo": {"steps": 8}}],
+        eval={"every": 0, "samples": 8, "at_start": False},
+    )
+    content["model"]["scratch"]["layers"] = 2
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(content))
+    return str(path)
