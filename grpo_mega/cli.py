@@ -12,7 +12,7 @@ from typing import Annotated, Literal, NoReturn
 
 import typer
 
-from grpo_mega import doctor, launch, loss_commands
+from grpo_mega import doctor, launch, loss_commands, slurm_command
 from grpo_mega.checkpoints import complete_checkpoints
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape, local_model_directory
@@ -188,6 +188,7 @@ def report(run: RunPath) -> None:
 app.command("check-loss")(loss_commands.check_loss)
 app.command("bench")(loss_commands.bench)
 app.command("doctor")(doctor.doctor)
+app.command("slurm")(slurm_command.slurm)
 
 
 def check_recipe(recipe: Recipe) -> None:

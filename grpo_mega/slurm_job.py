@@ -20,8 +20,6 @@ from pathlib import Path
 
 from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError
 from grpo_mega.lifetime import REQUEUE_EXIT_CODE
-from grpo_mega.plan import check_world_size
-from grpo_mega.recipe import Recipe, load_recipe
 
 RECIPE_FILE = "recipe.yaml"
 LOCK = "slurm_lock"
@@ -68,9 +66,10 @@ def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
             law="a job may come back, and would then remove what it made",
             remedy="remove the run yourself before submitting, or set run.dir=...",
         )
-    recipe = _recipe_of(target, overrides)
-    check_world_size(recipe, int(environment["SLURM_NTASKS"]))
-    run_dir, job = recipe.run.dir, job_name(environment)
+    run_dir, job = (
+        _checked_run_dir(target, overrides, int(environment["SLURM_NTASKS"])),
+        job_name(environment),
+    )
     logs = run_dir / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     if verb == "train":
@@ -90,10 +89,20 @@ def job_name(environment: Mapping[str, str]) -> str:
     return f"{array}_{task}" if array else environment["SLURM_JOB_ID"]
 
 
-def _recipe_of(target: str, overrides: Sequence[str]) -> Recipe:
-    """Of a recipe file, or of a run's directory."""
+def _checked_run_dir(target: str, overrides: Sequence[str], ranks: int) -> Path:
+    """Of a recipe file, or of a run's directory, whose layout must fit the ranks."""
+    # Imported here: a job that is being killed has no second to spare for them.
+    from grpo_mega.plan import check_world_size
+    from grpo_mega.recipe import load_recipe
+
     path = Path(target)
-    return load_recipe(path / RECIPE_FILE if path.is_dir() else path, list(overrides)).recipe
+    if not path.is_dir():
+        recipe = load_recipe(path, list(overrides)).recipe
+        check_world_size(recipe, ranks)
+        return recipe.run.dir
+    # The run may have been moved since, and its own record of the place is then out of date.
+    check_world_size(load_recipe(path / RECIPE_FILE, list(overrides)).recipe, ranks)
+    return path
 
 
 def free_port(job: int) -> int:

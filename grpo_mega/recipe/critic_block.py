@@ -105,8 +105,8 @@ class CriticBlock(Block):
     preset: PresetName | None = None
     """Known settings of the loss; keys given beside it win."""
     init: Literal["policy", "initial"] = "policy"
-    """What a critic without `hf` starts from. policy: the policy as its first stage with a critic begins, which
-    has learnt what answers look like; initial: the model that the policy started from."""
+    """What a critic without `hf` starts from. policy: the policy as its first stage with a critic begins,
+    which has learnt what answers look like; initial: the model that the policy started from."""
     hf: str | None = None
     """A model for the critic to start from instead: a Hugging Face directory (or a name in the local cache)
     with the policy's tokenizer."""

@@ -90,7 +90,7 @@ class ModelFacts:
 class SglangEngine:
     """Example:
     engine = SglangEngine(recipe.rollout, ModelFacts(hf, tokenizer, "float32", on_gpu=False), Path("runs/a"))
-    engine.load(Again(lambda: stream_hf(...)))
+    engine.load(weights)  # named tensors, best something that can be iterated again
     groups = engine.generate(prompts, group_size=8, params=params, seed=0)
     """
 

@@ -48,6 +48,8 @@ class Proof:
             raise SyncFailed("neither checksums nor a probe to prove the weights with")
 
     def _hashes_alike(self, url: str) -> bool:
+        if not self.servers.has(url, "weights_checker"):
+            return False
         info = self.servers.get(url, "server_info")
         return info.get("device") == "cpu" and info.get("tp_size") == 1
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from grpo_mega.sync.fingerprint import Fingerprint
@@ -92,14 +93,14 @@ def push(
             transport.send(bucket)
         transport.finish()
         prove(fingerprint)
-    except (SyncFailed, OSError) as failure:
+    except (SyncFailed, OSError, SafetensorError) as failure:
         for _ in tensors:
             pass
         with suppress(SyncFailed, OSError):
             transport.abandon()
-        if isinstance(failure, OSError):
-            raise SyncFailed(f"{type(failure).__name__}: {failure}") from failure
-        raise
+        if isinstance(failure, SyncFailed):
+            raise
+        raise SyncFailed(f"{type(failure).__name__}: {failure}") from failure
     return size
 
 

@@ -33,6 +33,8 @@ LAYERS = (
         "inputs",
         "certify",
         "preemption",
+        "watchdog",
+        "slurm_job",
         "drift",
     ),
     ("self_check",),
@@ -42,7 +44,7 @@ LAYERS = (
     ("steps",),
     ("watch",),
     ("train", "runs", "bench"),
-    ("loss_commands", "doctor_check"),
+    ("loss_commands", "slurm_command", "doctor_check"),
     ("doctor_run",),
     ("doctor",),
     ("cli",),
@@ -55,7 +57,7 @@ SIDEWAYS = {
     ("critic", "data"),
     ("critic", "monitor"),
 }
-TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "doctor_run", "cli")
+TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "doctor_run", "cli", "slurm_job")
 
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

@@ -31,13 +31,9 @@ class Queue:
             RUN=str(self.run_dir(SOURCE)),
             OVERRIDES="eval.temperature=0",
         )
-        # The run's name says the beta; a name with a number of its own for each task.
-        self.sweep = cluster.submit(
-            SWEEP,
-            "--array=1,3",
-            RECIPE=recipe,
-            OVERRIDES=f"train.steps=2 run.dir={folder}/sweep-$SLURM_ARRAY_TASK_ID",
-        )
+        # Each task has the run.dir that the file gives it, below the directory it starts in.
+        two = ("--array=1,3", f"--chdir={folder}")
+        self.sweep = cluster.submit(SWEEP, *two, RECIPE=recipe, OVERRIDES="train.steps=2")
 
     def _train(self, cluster: Cluster, name: str, recipe: str) -> Job:
         changes = {"run.dir": self.run_dir(name), "train.steps": 2, "parallel.dp": 2}
@@ -93,5 +89,5 @@ def test_each_task_of_the_sweep_has_its_beta(queue: Queue):
         element = Job(job.cluster, f"{job.number}_{task}")
         element.until(lambda element=element: element.state in ("COMPLETED", "FAILED"))
         assert element.state == "COMPLETED", job.output
-        run = load_recipe(queue.folder / f"sweep-{task}" / "recipe.yaml").recipe
+        run = load_recipe(queue.folder / f"runs/slurm/ema_beta_{beta}/recipe.yaml").recipe
         assert run.loss.innovations.model_dump() == {"ema": {"beta": beta}}
