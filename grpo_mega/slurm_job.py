@@ -66,17 +66,20 @@ def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
             law="a job may come back, and would then remove what it made",
             remedy="remove the run yourself before submitting, or set run.dir=...",
         )
-    run_dir, job = (
-        _checked_run_dir(target, overrides, int(environment["SLURM_NTASKS"])),
-        job_name(environment),
-    )
-    logs = run_dir / "logs"
-    logs.mkdir(parents=True, exist_ok=True)
+    run_dir = _checked_run_dir(target, overrides, int(environment["SLURM_NTASKS"]))
+    job = job_name(environment)
+    logs = run_dir / "logs" if verb == "train" else run_dir / "logs" / f"{verb}-{job}"
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"{logs} cannot be made: {error.strerror}",
+            where="run.dir",
+            law="a run's directory is on a file system that every node of the job may write to",
+            remedy="set run.dir=... to such a place",
+        ) from None
     if verb == "train":
         take_lock(run_dir, job)
-    else:
-        logs = logs / f"{verb}-{job}"
-        logs.mkdir(exist_ok=True)
     came_back = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
     goes_on = verb == "train" and came_back and (run_dir / RECIPE_FILE).is_file()
     resume = "--resume" if goes_on and "--resume" not in options else ""
@@ -189,6 +192,12 @@ class Ending:
             return int(match[1])
         return next((128 + n for n in signal.valid_signals() if self._means(n)), 1)
 
+    @property
+    def numbers(self) -> list[int]:
+        """Example: "0-2,5" is 0, 1, 2, 5."""
+        ranges = re.findall(r"(\d+)(?:-(\d+))?", self.ranks)
+        return [rank for first, last in ranges for rank in range(int(first), int(last or first) + 1)]
+
     def _means(self, number: int) -> bool:
         description = signal.strsignal(number)
         return description is not None and self.how.startswith(description)
@@ -236,8 +245,9 @@ def explain(logs: Path, code: int, environment: Mapping[str, str]) -> int:
         sys.stderr.write(f"error: {who} {how}\n  where:  {logs}{hint}\n")
         return code
     sys.stderr.write(f"error: {who} ended with exit code {cause.code}\n  where:  {logs}\n")
-    for path in sorted(logs.glob("rank_*.txt")):
-        if lines := last_failure(path.read_text(encoding="utf-8", errors="replace").splitlines()):
+    for path in (logs / f"rank_{rank}.txt" for rank in cause.numbers):
+        said = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        if lines := last_failure(said.splitlines()):
             sys.stderr.write("\n".join([f"{path}:", *lines]) + "\n")
             break
     return code

@@ -28,6 +28,7 @@ from grpo_mega.recipe.stage_blocks import Stage
 from grpo_mega.steps import Steering, grpo_step, sft_step, warmup_step
 from grpo_mega.types import StepReport
 from grpo_mega.watch import Watch
+from grpo_mega.watchdog import Watchdog
 
 HISTOGRAM_EVERY = 10
 """Steps between histograms: a tracker draws hundreds of them as bands, and each is kilobytes."""
@@ -87,6 +88,8 @@ class Trainer:
         if parts.critic is not None:
             tell = self.journal.critic_verdict
             self.adversary = Adversary(parts, parts.critic, tell, remembered.get("critic"))
+        stacks = parts.run_dir / "logs" / "stacks"
+        self.watchdog = Watchdog(self.recipe.guard.hang_minutes, stacks, parts.layout.rank)
         self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
         if "evaluations" in remembered:
@@ -127,6 +130,7 @@ class Trainer:
         self.parts.sync_weights()
         if self.recipe.eval.at_start and self.state.step == 0:
             self._evaluate(stages[0].kind)
+        self.watchdog.start()
         with Preemption() as preemption:
             for index in range(self.state.stage_index, len(stages)):
                 if index > self.state.stage_index:
@@ -134,6 +138,7 @@ class Trainer:
                 self._run_stage(stages[index], preemption)
             self._tell(self.saver.finish())
             self._require_saved()
+        self.watchdog.stop()
 
     def _run_stage(self, stage: Stage, preemption: Preemption) -> None:
         total = steps_of(self.recipe, stage)
@@ -149,6 +154,7 @@ class Trainer:
                 metrics, lines = self._step(stage, step, rate.at(step))
                 report = StepReport(self.state.step, stage.kind, metrics)
                 self.journal.step(report, self.state.stage_step, lines)
+                self.watchdog.tick()
                 last = step + 1 == total or self._is_over(stage, metrics)
                 self._evaluate_if_due(stage, last=last)
                 if last:  # also before its time: a resumed run then goes on with the next stage
@@ -238,6 +244,7 @@ class Trainer:
             self.journal.event("curriculum", self.state.step, line)
         report = StepReport(self.state.step, kind, metrics, is_evaluation=True)
         self.journal.evaluation(report, self.state.stage_step, evaluation)
+        self.watchdog.tick()
 
     def _checkpoint_is_due(self) -> bool:
         every = self.recipe.checkpoint.every

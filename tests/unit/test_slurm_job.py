@@ -91,12 +91,17 @@ def test_the_cause_of_an_ending(said: list[str], srun_code: int, code: int, rank
 
 def test_a_failure_is_told_with_the_words_of_the_rank(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     (tmp_path / "srun.txt").write_text("srun: error: node2: task 1: Exited with exit code 2\n")
-    (tmp_path / "rank_0.txt").write_text("grpo 1/2\n")
+    (tmp_path / "rank_0.txt").write_text("error: of an earlier start\n")
     (tmp_path / "rank_1.txt").write_text("error: of an earlier start\nerror: heads = 6\n  remedy: tp 1\n")
     assert explain(tmp_path, 2, {"SLURM_NTASKS": "2"}) == 2
     said = capsys.readouterr().err
     assert "error: rank 1 of 2 on node2 ended with exit code 2" in said
     assert said.endswith("rank_1.txt:\nerror: heads = 6\n  remedy: tp 1\n")
+
+
+def test_srun_names_ranks_in_ranges():
+    (ending,) = endings(["srun: error: node[1-2]: tasks 0-2,5: Exited with exit code 1"])
+    assert ending.numbers == [0, 1, 2, 5]
 
 
 def test_begin(tmp_path: Path, known_jobs: Path):
