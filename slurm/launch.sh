@@ -1,7 +1,8 @@
 #!/bin/bash
 # What the job files here share:  launch.sh train RECIPE [KEY=VALUE ...]   or   launch.sh eval RUN [KEY=VALUE ...]
 #
-# One rank for each Slurm task. A job that has to leave early saves, ends with 85, is requeued and goes on. From outside:
+# One rank for each Slurm task. A job that has to leave early saves, ends with 85, is requeued and goes on. Read from
+# the environment:
 #   OVERRIDES     more KEY=VALUE, quoted as in a shell: OVERRIDES="train.steps=3 parallel.dp=2"
 #   OPTIONS       options of grpo-mega: OPTIONS=--resume
 #   PYTHON        the interpreter of the environment (python: whatever was active when the job was submitted)
@@ -40,36 +41,40 @@ come_back() {
     echo "  remedy: look into the logs; then submit it again with OPTIONS=--resume" >&2
   elif timeout 60 scontrol --oneliner show job "$job" | grep -q "JobState=RUNNING"; then
     echo "requeued after $restarts restarts"
-    timeout 60 scontrol requeue "$job"
+    timeout 60 scontrol requeue "$job" || echo "  remedy: submit it again with OPTIONS=--resume" >&2
   fi  # otherwise Slurm is ending the job itself: one that was cancelled stays cancelled
   exit $REQUEUE
 }
 
-trap pass_on USR1 TERM
-mapfile -t overrides < <(xargs -r printf '%s\n' <<< "${OVERRIDES:-}")
-read -ra options <<< "${OPTIONS:-}"
-arguments=("$@" "${overrides[@]}" "${options[@]}")
+main() {  # read whole before it runs: the file may change while the job does
+  trap pass_on USR1 TERM
+  mapfile -t overrides < <(xargs -r printf '%s\n' <<< "${OVERRIDES:-}")
+  read -ra options <<< "${OPTIONS:-}"
+  arguments=("$@" "${overrides[@]}" "${options[@]}")
 
-# Once, before any rank: the recipe's laws, the lock on the run's directory, a free port, whether to resume.
-prepared=$("$python" -m grpo_mega.slurm_job begin "${arguments[@]}") || exit $?
-{ read -r run_dir && read -r logs && read -r MASTER_PORT && read -r resume; } <<< "$prepared"
-trap '"$python" -m grpo_mega.slurm_job release "$run_dir"' EXIT
-[ -z "$resume" ] || arguments+=("$resume")
-MASTER_ADDR=$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-export MASTER_ADDR MASTER_PORT
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
-export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since Slurm 22.05 srun does not take it from the job
-[ "$signals" = 0 ] || come_back
+  # Once, before any rank: the recipe's laws, the lock on the run's directory, a free port, whether to resume.
+  prepared=$("$python" -m grpo_mega.slurm_job begin "${arguments[@]}") || exit $?
+  { read -r run_dir && read -r logs && read -r MASTER_PORT && read -r resume; } <<< "$prepared"
+  trap '"$python" -m grpo_mega.slurm_job release "$run_dir"' EXIT
+  [ -z "$resume" ] || arguments+=("$resume")
+  MASTER_ADDR=$(timeout 60 scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+  export MASTER_ADDR MASTER_PORT
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} PYTHONUNBUFFERED=1
+  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # since Slurm 22.05 srun does not take it from the job
+  [ "$signals" = 0 ] || come_back
 
-echo "job $job on $SLURM_JOB_NODELIST: $SLURM_NTASKS ranks meet at $MASTER_ADDR:$MASTER_PORT; logs: $logs"
-output=()
-[ "$1" != train ] || output=(--output="$logs/rank_%t.txt" --open-mode=append)
-srun --kill-on-bad-exit=1 --distribution=block --input=none "${output[@]}" \
-  "$here/rank.sh" "$python" -m grpo_mega "${arguments[@]}" 2> "$logs/srun.txt" &
-step=$!
-[ "$signals" = 0 ] || kill -USR1 "$step"
-wait_for_step
-"$python" -m grpo_mega.slurm_job explain "$logs" "$code"
-code=$?
-[ "$code" != $REQUEUE ] || come_back
-exit "$code"
+  echo "job $job on $SLURM_JOB_NODELIST: $SLURM_NTASKS ranks meet at $MASTER_ADDR:$MASTER_PORT; logs: $logs"
+  output=()
+  [ "$1" != train ] || output=(--output="$logs/rank_%t.txt" --open-mode=append)
+  srun --kill-on-bad-exit=1 --distribution=block --input=none "${output[@]}" \
+    "$here/rank.sh" "$python" -m grpo_mega "${arguments[@]}" 2> "$logs/srun.txt" &
+  step=$!
+  [ "$signals" = 0 ] || kill -USR1 "$step"
+  wait_for_step
+  "$python" -m grpo_mega.slurm_job explain "$logs" "$code"
+  code=$?
+  [ "$code" != $REQUEUE ] || come_back
+  exit "$code"
+}
+
+main "$@"

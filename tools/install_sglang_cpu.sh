@@ -38,7 +38,7 @@ install -m 644 "$parts"/sglang_cpu_shim.py "$parts"/sglang_cpu_shim.pth "$site/"
 install -d "$site/sgl_kernel"
 install -m 644 "$parts"/sgl_kernel/__init__.py "$site/sgl_kernel/"
 
-SGLANG_USE_CPU_ENGINE=1 "$python" - <<'CHECK'
+SGLANG_USE_CPU_ENGINE=1 "$python" -W ignore - <<'CHECK'
 import importlib.metadata
 import sys
 

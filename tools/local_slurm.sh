@@ -13,7 +13,7 @@ set -euo pipefail
 
 NODES=(node1 node2)
 CPUS=128 MEMORY_MB=1500000 GPUS=8
-READY_SECONDS=30
+READY_SECONDS=30 STOP_SECONDS=15
 
 usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# = 2 ] || usage
@@ -112,7 +112,7 @@ DefMemPerCPU=100
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,bf_continue
 MpiDefault=none
 MailProg=/bin/true
-ReturnToService=2
+ReturnToService=1
 SlurmdParameters=config_overrides
 JobRequeue=1
 KillWait=10
@@ -195,12 +195,10 @@ wait_until_idle() {
 }
 
 stop() {
+  local deadline=$((SECONDS + STOP_SECONDS))
   if [ -e "$DIR/pids" ]; then
     timeout 10 scancel --state=PENDING,RUNNING,SUSPENDED -u "$(id -un)" 2> /dev/null || true
-    for _ in $(seq 50); do
-      [ -n "$(timeout 5 squeue -h 2> /dev/null)" ] || break
-      sleep 0.2
-    done
+    while [ "$SECONDS" -lt "$deadline" ] && [ -n "$(timeout 5 squeue -h 2> /dev/null)" ]; do sleep 0.2; done
     signal_all TERM
     for _ in $(seq 50); do
       [ -n "$(survivors)" ] || break

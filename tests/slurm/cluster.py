@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,18 +54,18 @@ class Cluster:
             assert done.returncode == 0, said.read()
 
     def call(
-        self, *command: str, environment: Mapping[str, str] | None = None, check: bool = True
+        self, *command: str, environment: Mapping[str, str] | None = None, folder: Path = ROOT
     ) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             command,
-            cwd=ROOT,
+            cwd=folder,
             env={**self.environment, **(environment or {})},
             capture_output=True,
             text=True,
             timeout=CALL_SECONDS,
             check=False,
         )
-        assert not check or done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
+        assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
         return done
 
     def submit(self, file: str | Path, *options: str, **environment: str) -> Job:
@@ -141,7 +141,6 @@ def _has(process: psutil.Process, variables: Mapping[str, str]) -> bool:
     return False
 
 
-def words(changes: Mapping[str, object] | Sequence[str]) -> str:
+def words(changes: Mapping[str, object]) -> str:
     """OVERRIDES of a job."""
-    items = [f"{key}={value}" for key, value in changes.items()] if isinstance(changes, Mapping) else changes
-    return " ".join(items)
+    return " ".join(f"{key}={value}" for key, value in changes.items())

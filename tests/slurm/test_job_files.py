@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -91,3 +93,16 @@ def test_each_task_of_the_sweep_has_its_beta(queue: Queue):
         assert element.state == "COMPLETED", job.output
         run = load_recipe(queue.folder / f"runs/slurm/ema_beta_{beta}/recipe.yaml").recipe
         assert run.loss.innovations.model_dump() == {"ema": {"beta": beta}}
+
+
+def test_the_command_writes_a_file_that_slurm_takes_and_submits_it(
+    cluster: Cluster, recipe: str, tmp_path: Path
+):
+    options = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-rank=64", "--partition=debug", "--time=10:00"]
+    changes = [f"run.dir={tmp_path}/run", "train.steps=2", "run.name=any"]
+    command = [sys.executable, "-m", "grpo_mega", "slurm", recipe, *changes, *options, "--submit"]
+    said = cluster.call(*command, folder=tmp_path).stdout
+    assert "wrote any.sbatch: 2 node(s) with 1 rank(s) each" in said and "to start at" in said
+    job = Job(cluster, re.findall(r"submitted: job (\d+)", said)[0])
+    assert job.finish() == "COMPLETED", (tmp_path / f"any-{job.number}.out").read_text()
+    assert (tmp_path / "run" / "hf" / "config.json").is_file()
