@@ -149,7 +149,7 @@ def grpo_step(
     if adversary is None or step >= adversary.alone_for:
         moved = move_policy(parts, sequences, steering, watch, histograms)
         with watch.phase("sync"):
-            parts.sync_weights()
+            reported |= parts.sync_weights()
     if adversary and judged:
         with watch.phase("critic"):
             reported |= adversary.learn(judged)

@@ -1,1 +1,1 @@
-"""Where samples come from. `local`: a transformers model inside the trainer."""
+"""Where samples come from: the embedded engine (local), or SGLang servers (client, server, sglang)."""
