@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -34,13 +34,13 @@ def train(recipe: dict[str, Any], kill: tuple[str, int] | None, resume: bool) ->
 
     whole, notes = LocalEngine.generate, Path(recipe["run"]["dir"]).parent / "prompts.jsonl"
 
-    def noted(engine: Any, prompts: Any, group_size: int, *arguments: Any) -> Any:
+    def noted(engine: Any, prompts: Any, group_size: int, *arguments: Any, **options: Any) -> Any:
         if group_size > 1:  # not an evaluation's
             with notes.open("a") as file:
                 file.write(json.dumps(sorted({len(prompt.text) for prompt in prompts})) + "\n")
-        return whole(engine, prompts, group_size, *arguments)
+        return whole(engine, prompts, group_size, *arguments, **options)
 
-    LocalEngine.generate = noted
+    cast("Any", LocalEngine).generate = noted
     if kill:
         arm(*kill)
     tiny.train_on_pool(recipe, resume=resume)
