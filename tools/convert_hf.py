@@ -25,8 +25,8 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 @app.command()
 def to_megatron(hf_dir: Path, out: Path, dtype: str = "bfloat16") -> None:
     """Hugging Face directory -> distributed checkpoint (weights only)."""
-    from grpo_mega.engine.saver import save_weights
     from grpo_mega.engine.parallel import shutdown
+    from grpo_mega.engine.saver import save_weights
     from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf
 
     _refuse_existing(out)
