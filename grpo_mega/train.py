@@ -43,9 +43,11 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
     for line in checked:
         parts.console.say(line)
     trainer = Trainer(parts, resume=resume)
+    trainer.watchdog.start()
     try:
         trainer.run()
     finally:
+        trainer.watchdog.stop()
         trainer.journal.close()
     with parts.console.phase("exporting to Hugging Face format"):
         parts.export(recipe.run.dir / "hf")
@@ -130,7 +132,6 @@ class Trainer:
         self.parts.sync_weights()
         if self.recipe.eval.at_start and self.state.step == 0:
             self._evaluate(stages[0].kind)
-        self.watchdog.start()
         with Preemption() as preemption:
             for index in range(self.state.stage_index, len(stages)):
                 if index > self.state.stage_index:
@@ -138,7 +139,6 @@ class Trainer:
                 self._run_stage(stages[index], preemption)
             self._tell(self.saver.finish())
             self._require_saved()
-        self.watchdog.stop()
 
     def _run_stage(self, stage: Stage, preemption: Preemption) -> None:
         total = steps_of(self.recipe, stage)
@@ -161,6 +161,7 @@ class Trainer:
                     self.state = replace(self.state, stage_step=total)
                 if last or self._checkpoint_is_due():
                     self._save()
+                    self.watchdog.tick()
                 self._tell(self.saver.poll())
                 if signal := preemption.asked():
                     self._leave(signal)

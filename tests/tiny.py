@@ -117,7 +117,6 @@ def train_on_pool(recipe: dict, resume: bool = False) -> None:
         trainer.run()
     finally:
         trainer.journal.close()
-        trainer.watchdog.stop()
     parts.export(Path(recipe["run"]["dir"]) / "hf")
 
 
