@@ -3,8 +3,8 @@
 python tools/bench_trackers.py           # a table of step times, relative to metrics.jsonl alone
 python tools/bench_trackers.py --steps 40 --rounds 8
 
-A step is matrix products of about a tenth of a second and one report of 120 metrics. All is done in one process,
-metrics.jsonl alone before and after each variant; the best round of each counts.
+A step is matrix products of about a tenth of a second and one report of 120 metrics. All is done in one
+process, metrics.jsonl alone before and after each variant; the best round of each counts.
 """
 
 from __future__ import annotations
