@@ -133,8 +133,8 @@ def test_moments_of_ranks_add_up_to_those_of_the_step(parts, cut):
     together = np.concatenate(ranks)
     assert added.count == together.size
     assert added.mean == pytest.approx(together.mean(), abs=1e-12)
-    # Sums resolve a spread down to sqrt(EQUAL), 3e-7, of the size of the numbers, and none whose square is too
-    # small for a float.
+    # Sums resolve a spread down to sqrt(EQUAL), 3e-7, of the size of the numbers, and none whose square is
+    # too small for a float.
     resolved = max(1e-150, 3.2e-7 * np.abs(together).max())
     assert added.std == pytest.approx(together.std(), rel=1e-3, abs=resolved)
 
