@@ -25,7 +25,10 @@ OWN = (sys.executable, "-m", "grpo_mega")
 
 def _start(command: Sequence[str], folder: Path, *options: str, dp: int) -> subprocess.Popen[str]:
     recipe = folder / "recipe.yaml"
-    recipe.write_text(yaml.safe_dump(tiny.recipe_dict(folder / "run", parallel={"dp": dp})))
+    # long enough that a test which is slow to look does not find a finished run
+    stages = [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 25}}]
+    blocks = {"parallel": {"dp": dp}, "stages": stages, "eval": {"every": 20}}
+    recipe.write_text(yaml.safe_dump(tiny.recipe_dict(folder / "run", **blocks)))
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "OMP_"))}
     return subprocess.Popen(
         [*command, "train", str(recipe), *options],
