@@ -69,12 +69,19 @@ def train(
     quiet: Annotated[
         bool, typer.Option("--quiet", help="No progress: evaluations and messages only.")
     ] = False,
+    tracker: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tracker", help="wandb, tensorboard, jsonl or none, in place of the recipe's; repeatable."
+        ),
+    ] = None,
     verbose: Verbose = False,
 ) -> None:
     """Train as RECIPE says."""
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps a run and --overwrite removes it: give one of them")
-    loaded = load_recipe(recipe_path, overrides or ())
+    chosen = [f"tracker=[{', '.join(tracker)}]"] if tracker else []
+    loaded = load_recipe(recipe_path, [*(overrides or ()), *chosen])
     recipe = loaded.recipe
     check_recipe(recipe)
     if dry_run:

@@ -123,6 +123,13 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(recipe: Path, calls: l
     assert sorted(path.name for path in run_dir.iterdir()) == ["notes.txt", "recipe.yaml"]
 
 
+def test_trackers_are_picked_on_the_command_line(recipe: Path, calls: list[tuple[object, ...]]):
+    invoke("train", recipe, "--tracker", "wandb", "--tracker", "tensorboard")
+    assert calls[0][1].tracker == ("wandb", "tensorboard")  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="tracker"):
+        invoke("train", recipe, "--overwrite", "--tracker", "wandbb")
+
+
 def test_there_must_be_something_to_resume(recipe: Path, calls: list[tuple[object, ...]]):
     with pytest.raises(UserError, match="holds no run to resume"):
         invoke("train", recipe, "--resume")
