@@ -3,7 +3,10 @@ it."""
 
 from __future__ import annotations
 
+import errno
+
 USER_ERROR_EXIT_CODE = 2
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 class UserError(Exception):
@@ -40,3 +43,15 @@ class UserError(Exception):
 
 def _rebuild(what: str, where: str | None, law: str | None, remedy: str | None) -> UserError:
     return UserError(what, where=where, law=law, remedy=remedy)
+
+
+def as_users_see_it(error: Exception) -> Exception:
+    """A full disk is no fault of the program's, wherever it was met."""
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
+        named = f"{error.filename}: " if error.filename else ""
+        return UserError(
+            f"no room left on the disk: {named}{error.strerror}",
+            law="a run writes metrics, checkpoints and its model into run.dir",
+            remedy="make room, or set run.dir to another disk; --resume goes on from the newest checkpoint",
+        )
+    return error

@@ -34,7 +34,7 @@ from typing import NoReturn
 
 import psutil
 
-from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError
+from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError, as_users_see_it
 from grpo_mega.lifetime import LAUNCH_FOLDER, REQUEUE_EXIT_CODE, die_with_parent, note
 from grpo_mega.monitor.console import print_error, print_plain
 
@@ -148,6 +148,7 @@ def _enter_worker() -> None:
 
 def _fail(error: Exception, is_rank: bool) -> int:
     """Say what went wrong, or leave that to the parent. A rank does not return from here."""
+    error = as_users_see_it(error)
     user_error = isinstance(error, UserError)
     text = str(error) if user_error else _traceback_of(error)
     if not is_rank:

@@ -188,7 +188,10 @@ class _Writing:
             return f"rank {dist.get_rank()}: the writer of {self._partial.name} died"
         missing = not (self._partial / f"{PRINTS}{dist.get_rank()}").is_file()
         if isinstance(results, Exception) or missing:
-            return f"rank {dist.get_rank()} could not write {self._partial.name}: {results}"
+            free = shutil.disk_usage(self._partial).free / 1e9
+            return (
+                f"rank {dist.get_rank()} could not write {self._partial.name} ({free:.2f} GB free): {results}"
+            )
         self._results.put(results)
         return None
 

@@ -9,9 +9,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any
 
-from grpo_mega.errors import UserError
+from grpo_mega.errors import DISK_FULL, UserError
 
 if TYPE_CHECKING:  # types.py imports torch, which reading a file does not need
     from grpo_mega.types import StepReport
@@ -44,12 +44,12 @@ class MetricsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / METRICS_FILE
         _rewrite(path, [line for line, fields in _lines(path) if fields["step"] < resume_step])
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _Lines(path)
 
     def write(self, report: StepReport, stage_step: int) -> None:
         place = dict(zip(_PLACE_KEYS, (report.step, report.stage, stage_step, time.time()), strict=True))
         assert not place.keys() & report.metrics.keys()
-        _append(self._file, place | dict(report.metrics))
+        self._file.append(place | dict(report.metrics))
 
     def close(self) -> None:
         self._file.close()
@@ -62,11 +62,11 @@ class EventsWriter:
         run_dir.mkdir(parents=True, exist_ok=True)
         path = run_dir / EVENTS_FILE
         _rewrite(path, [line for line, _ in _lines(path)])
-        self._file = path.open("a", encoding="utf-8")
+        self._file = _Lines(path)
 
     def write(self, kind: str, step: int, message: str, **fields: object) -> None:
         """Example: write("checkpoint", 50, "saved", path="checkpoints/50", seconds=1.2)"""
-        _append(self._file, {"kind": kind, "step": step, "time": time.time(), "message": message} | fields)
+        self._file.append({"kind": kind, "step": step, "time": time.time(), "message": message} | fields)
 
     def close(self) -> None:
         self._file.close()
@@ -98,6 +98,13 @@ def _lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                 law="every line is one JSON object",
                 remedy="remove that line; the rest of the file stays usable",
             ) from None
+        if not isinstance(fields, dict) or not isinstance(fields.get("step"), int):
+            raise UserError(
+                "a line is no record",
+                where=f"{path}:{number}",
+                law="every line is one JSON object with a step",
+                remedy="remove that line; the rest of the file stays usable",
+            )
         yield line.rstrip("\n") + "\n", fields
 
 
@@ -108,9 +115,36 @@ def _rewrite(path: Path, lines: list[str]) -> None:
     os.replace(draft, path)
 
 
-def _append(file: TextIO, fields: dict[str, Any]) -> None:
-    file.write(json.dumps({key: _valid(value) for key, value in fields.items()}, allow_nan=False) + "\n")
-    file.flush()
+class _Lines:
+    """Appends JSON lines. What a full disk does not take is kept, and comes first when there is room again: a
+    checkpoint that fills the disk for a moment costs no line."""
+
+    def __init__(self, path: Path):
+        self._path, self._file, self._kept = path, path.open("ab", buffering=0), b""
+
+    def append(self, fields: dict[str, Any]) -> None:
+        valid = {key: _valid(value) for key, value in fields.items()}
+        self._kept += json.dumps(valid, allow_nan=False).encode() + b"\n"
+        self._write()
+
+    def close(self) -> None:
+        self._write()
+        self._file.close()
+        if self._kept:
+            raise UserError(
+                f"the last {len(self._kept):,} bytes of {self._path.name} found no room on the disk",
+                where=str(self._path),
+                law="every step and every event is kept",
+                remedy="make room there; --resume writes again what came after the newest checkpoint",
+            )
+
+    def _write(self) -> None:
+        try:
+            while self._kept:
+                self._kept = self._kept[self._file.write(self._kept) :]
+        except OSError as error:
+            if error.errno not in DISK_FULL:
+                raise
 
 
 def _valid(value: object) -> object:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 from pathlib import Path
 
 import pytest
 
-from grpo_mega.errors import UserError
-from grpo_mega.monitor.jsonl import EventsWriter, MetricsWriter, read_metrics
+from grpo_mega.errors import UserError, as_users_see_it
+from grpo_mega.monitor.jsonl import EventsWriter, MetricsWriter, _Lines, read_metrics
 from grpo_mega.types import StepReport
 
 
@@ -101,3 +102,43 @@ def test_events_stay_across_resumes(tmp_path: Path):
         ("resume", 50, "from step 50"),
     ]
     assert events[0]["seconds"] == 1.5
+
+
+def test_what_a_full_disk_does_not_take_comes_first_when_there_is_room(tmp_path: Path):
+    """/dev/full refuses every byte as a full disk does."""
+    path = tmp_path / "events.jsonl"
+    path.symlink_to("/dev/full")
+    lines = _Lines(path)
+    lines.append({"step": 1})
+    lines.append({"step": 2})
+    path.unlink()
+    lines._file.close()
+    lines._file = path.open("ab", buffering=0)  # the same file, on a disk with room
+    lines.append({"step": 3})
+    lines.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2, 3]
+
+
+def test_lines_that_never_found_room_are_said_at_the_end(tmp_path: Path):
+    path = tmp_path / "metrics.jsonl"
+    path.symlink_to("/dev/full")
+    lines = _Lines(path)
+    lines.append({"step": 1})
+    with pytest.raises(UserError, match="found no room on the disk"):
+        lines.close()
+
+
+@pytest.mark.parametrize("line", ['{"stage": "grpo"}', "[3]", '{"step": "three"}'])
+def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str):
+    path = write(tmp_path, range(2))
+    path.write_text(path.read_text() + line + "\n")
+    with pytest.raises(UserError, match="a line is no record") as caught:
+        MetricsWriter(tmp_path, resume_step=2)
+    assert f"{path}:3" in str(caught.value)
+
+
+def test_a_full_disk_is_no_fault_of_the_programs():
+    error = as_users_see_it(OSError(errno.ENOSPC, "No space left on device", "runs/a/hf"))
+    assert isinstance(error, UserError) and "runs/a/hf" in str(error)
+    other = OSError(errno.EIO, "Input/output error")
+    assert as_users_see_it(other) is other
