@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from grpo_mega.block import Block, NotNegative, Positive
 
@@ -38,11 +38,19 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = MappingProxyType(
 )
 
 
+def _as_pair(given: Any) -> Any:
+    """A preset is laid under the keys before they are typed: a file's list is a list then, and no tuple."""
+    return tuple(cast("list[Any]", given)) if isinstance(given, list) else given
+
+
+Bounds = Annotated[tuple[float, float], BeforeValidator(_as_pair)]
+
+
 class ScoreRange(Block):
     """Where the scores of each side may lie; null: within +-threshold."""
 
-    teacher: tuple[float, float] | None = None
-    student: tuple[float, float] | None = None
+    teacher: Bounds | None = None
+    student: Bounds | None = None
 
     @model_validator(mode="after")
     def ranges_go_upwards(self) -> ScoreRange:

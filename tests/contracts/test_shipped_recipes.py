@@ -13,6 +13,7 @@ import pytest
 from grpo_mega.algo.innovations import available
 from grpo_mega.plan import ModelShape, make_plan
 from grpo_mega.recipe import Recipe, load_recipe
+from grpo_mega.recipe.critic_block import PRESETS
 from grpo_mega.recipe.json_schema import main as json_schema_command
 from grpo_mega.recipe.load import inherited_by
 from grpo_mega.recipe.tree import KeyPath, MapNode, Node, dotted, find, to_plain
@@ -176,6 +177,23 @@ def test_a_combination_holds_what_its_name_stands_for(name: str) -> None:
 @pytest.mark.parametrize("name", SWEEP)
 def test_a_point_of_the_sweep_has_its_beta(name: str) -> None:
     assert _innovations(name) == {"ema": {"beta": SWEEP[name]}}
+
+
+@pytest.mark.parametrize("name", sorted({path.stem for path in (RECIPES / "discriminator").glob("*.yaml")}))
+def test_a_discriminator_recipe_is_its_base_but_for_the_critics_loss(name: str) -> None:
+    """Or two of them could not be compared."""
+    base = load_recipe("recipes/discriminator/base.yaml").recipe
+    own = load_recipe(f"recipes/discriminator/{name}.yaml").recipe
+    assert own.model_copy(update={"run": base.run, "critic": base.critic}) == base
+    fixed = {"kind", "lr", "grad_clip", "weight_decay", "head_std", "init", "hf", "audit"}
+    assert own.critic.model_dump(include=fixed) == base.critic.model_dump(include=fixed)
+    assert own.critic != base.critic or name == "base"
+
+
+def test_every_preset_of_the_critic_has_a_recipe() -> None:
+    assert set(PRESETS) <= _names("discriminator")
+    for name in PRESETS:
+        assert load_recipe(f"recipes/discriminator/{name}.yaml").recipe.critic.preset == name
 
 
 def test_lspd_is_a_mode_of_temporal_decay() -> None:

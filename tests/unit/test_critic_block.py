@@ -30,6 +30,15 @@ def test_presets() -> None:
     assert (before.score_reg.threshold, before.score_reg.weight) == (5.0, 0.001)
 
 
+def test_a_range_can_be_written_in_a_file() -> None:
+    """As json it is a list, which a strict reader of Python objects would not take for a pair of numbers."""
+    text = '{"kind": "discriminator", "score_reg": {"range": {"teacher": [0.0, 3.0], "student": [-3, 0]}}}'
+    bounds = CriticBlock.model_validate_json(text, strict=True).score_reg.range
+    assert (bounds.teacher, bounds.student) == ((0.0, 3.0), (-3.0, 0.0))
+    with pytest.raises(ValidationError):
+        CriticBlock.model_validate_json(text.replace("3.0", '"3.0"'), strict=True)
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_key_that_is_given_wins_over_the_preset(preset) -> None:
     given = {**DISCRIMINATOR, "preset": preset, "temperature": 5.0, "score_reg": {"weight": 0.25}}
