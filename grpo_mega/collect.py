@@ -20,6 +20,7 @@ from grpo_mega.monitor import histogram
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.blocks import AdvantageBlock
+from grpo_mega.reward.report import reward_report
 from grpo_mega.types import Group, Score, TrainSequence
 
 TEMPORARY = "temp_seq_"
@@ -69,9 +70,13 @@ def weighed(
     sequences = to_train_sequences(rollouts, advantages)
     if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
         parts.warn_of_missing_uids(unnamed)
-    reported = reduce(rollout_metrics(rollouts.groups, scores), dist.group.WORLD, histograms)
+    rewards, metrics = parts.inputs.rewards, rollout_metrics(rollouts.groups, scores)
+    lengths_N = _numbers([len(sample.response_ids) for group in rollouts.groups for sample in group.samples])
+    flat = [score for group in scores for score in group]
+    metrics |= reward_report(flat, lengths_N, rewards.weights, rewards.formats)
+    reported = reduce(metrics, dist.group.WORLD, histograms)
     _add_reward_std(reported)
-    return sequences, reported | component_means(scores, parts.inputs.rewards.weights)
+    return sequences, reported | component_means(scores, rewards.weights)
 
 
 def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) -> list[np.ndarray]:

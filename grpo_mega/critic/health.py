@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from grpo_mega.monitor.health import Band, Finding
+from grpo_mega.monitor.health import Band, Finding, outside
 from grpo_mega.recipe.critic_block import CriticHealth
 
 WATCHED = (
@@ -20,6 +20,7 @@ WATCHED = (
     "critic/grad_norm",
     "critic/identical_gap",
     "critic/teacher_wins",
+    "critic/score_length_corr",
 )
 """What is remembered of each step."""
 
@@ -61,6 +62,14 @@ BANDS = (
     ),
 )
 """Over a whole window."""
+LENGTH_BAND = Band(
+    "critic/score_length_corr",
+    -1.0,
+    1.0,
+    "the score goes by length: the policy will learn length",
+    "compare the lengths of the two sides with tools/analyze_data_quality.py; critic.length_mix off",
+)
+"""As wide as `critic.health.length_corr` says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -207,7 +216,9 @@ class CriticHealthMonitor:
             ]
             for name in WATCHED
         }
-        found = [*self._symptoms(windows), *self._outside(windows)]
+        full = {name: values for name, values in windows.items() if len(values) == self._block.window}
+        means = {name: sum(values) / len(values) for name, values in full.items()}
+        found = [*self._symptoms(full, means), *self._outside(means)]
         active = {finding.name: before.active.get(finding.name, step) for finding, _ in found}
         new = tuple(replace(finding, since=step) for finding, _ in found if finding.name not in before.active)
         given = {finding.name: remedies for finding, remedies in found if remedies != NOTHING}
@@ -228,18 +239,17 @@ class CriticHealthMonitor:
             },
         )
 
-    def _full(self, windows: Mapping[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
-        return {name: values for name, values in windows.items() if len(values) == self._block.window}
-
-    def _symptoms(self, windows: Mapping[str, tuple[float, ...]]) -> list[tuple[Finding, Remedies]]:
-        means = {name: sum(values) / len(values) for name, values in self._full(windows).items()}
+    def _symptoms(
+        self, full: Mapping[str, tuple[float, ...]], means: Mapping[str, float]
+    ) -> list[tuple[Finding, Remedies]]:
+        """Of windows that are full, and their means."""
         found = [
             (self._finding(symptom.name, symptom.metric, means[symptom.metric], symptom), symptom.remedies)
             for symptom in SYMPTOMS
             if symptom.metric in means
             and symptom.holds(means[symptom.metric], was_on=symptom.name in self.state.active)
         ]
-        differences = self._full(windows).get("critic/score_diff")
+        differences = full.get("critic/score_diff")
         if differences and self._is_flat(differences, means["critic/score_diff"]):
             weak = means.get("critic/grad_norm", WEAK_GRADIENT) < WEAK_GRADIENT
             remedies = self.state.applied.get(FLAT, FASTER if weak else NOTHING)
@@ -265,14 +275,8 @@ class CriticHealthMonitor:
             advice += f"; the gradient is weak: raise the critic's lr, by {FASTER.lr_factor:g}{done}"
         return Finding(FLAT, what, 0, "the critic learns nothing from its pairs", advice)
 
-    def _outside(self, windows: Mapping[str, tuple[float, ...]]) -> list[tuple[Finding, Remedies]]:
-        found: list[tuple[Finding, Remedies]] = []
-        for band in BANDS:
-            values = self._full(windows).get(band.metric)
-            if not values:
-                continue
-            mean = sum(values) / len(values)
-            if not band.low <= mean <= band.high:
-                what = f"{band.metric} is {mean:.3g}, outside {band.low:g} to {band.high:g}"
-                found.append((Finding(band.metric, what, 0, band.matters, band.change), NOTHING))
-        return found
+    def _outside(self, means: Mapping[str, float]) -> list[tuple[Finding, Remedies]]:
+        bound = self._block.length_corr
+        bands = (*BANDS, replace(LENGTH_BAND, low=-bound, high=bound))
+        found = (outside(band, means, step=0) for band in bands)
+        return [(finding, NOTHING) for finding in found if finding is not None]

@@ -89,6 +89,7 @@ class GuardState:
     skipped: int = 0  # updates in a row that were not finite
     interventions: int = 0
     alarms: Mapping[str, int] = field(default_factory=dict[str, int])  # name -> the step it began
+    length_corrs: tuple[float, ...] = ()  # of reward and length, of the last steps that had one
     caps: Caps = Caps()
 
     def to_json(self) -> dict[str, Any]:
@@ -97,7 +98,9 @@ class GuardState:
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> GuardState:
         drifts = tuple(float(value) for value in fields["drifts"])
-        return cls(**{**fields, "drifts": drifts, "caps": Caps(**fields["caps"])})
+        corrs = tuple(fields.get("length_corrs", ()))  # older checkpoints have none
+        known = {"drifts": drifts, "length_corrs": corrs, "caps": Caps(**fields["caps"])}
+        return cls(**{**fields, **known})
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,7 +153,12 @@ class Guard:
         skipped = before.skipped + 1 if metrics.get("actor/update_skipped") else 0
         stop = self._stop(step, drift, skipped)
 
-        findings = [finding for band in self._bands if (finding := _outside(band, metrics, step))]
+        findings = [finding for band in self._bands if (finding := outside(band, metrics, step))]
+        corrs = before.length_corrs
+        if "reward/length_corr" in metrics:
+            corrs = (*corrs, metrics["reward/length_corr"])[-block.length_window :]
+        if (biased := self._by_length(corrs, step)) is not None:
+            findings.append(biased)
         if tier or drift > self._stop_above:
             findings.append(self._drifting(drift, tier, step))
         if skipped:
@@ -172,6 +180,7 @@ class Guard:
             skipped=skipped,
             interventions=before.interventions + (intervention is not None),
             alarms=alarms,
+            length_corrs=corrs,
             caps=caps,
         )
         return Verdict(new, intervention, stop, self._metrics(drift))
@@ -198,6 +207,19 @@ class Guard:
             f"{change}{' (done)' if self._block.autopilot else ''}",
         )
 
+    def _by_length(self, corrs: tuple[float, ...], step: int) -> Finding | None:
+        """Whether reward and length went together, or apart, at every step of a whole window."""
+        bound, window = self._block.length_corr, self._block.length_window
+        if bound is None or len(corrs) < window or not (min(corrs) > bound or max(corrs) < -bound):
+            return None
+        return Finding(
+            "length",
+            f"reward and response length correlate by {sum(corrs) / window:+.2f} over {window} steps",
+            step,
+            "a policy learns length from such a reward, whatever else it is meant for",
+            "look at the longest and the shortest samples; add reward format with its length rules",
+        )
+
     def _metrics(self, drift: float) -> dict[str, float]:
         return {
             "guard/drift": drift,
@@ -211,7 +233,7 @@ def _size(value: float) -> float:
     return math.inf if math.isnan(value) else value
 
 
-def _outside(band: Band, metrics: Mapping[str, float], step: int) -> Finding | None:
+def outside(band: Band, metrics: Mapping[str, float], step: int) -> Finding | None:
     value = metrics.get(band.metric)
     if value is None or band.low <= value <= band.high:
         return None

@@ -66,6 +66,13 @@ def min_of(values: torch.Tensor, mask: torch.Tensor) -> Metric:
     return Metric(_filled(values, mask, torch.inf).min(), mask.sum(), "min")
 
 
+def correlation_of(x: torch.Tensor, y: torch.Tensor, mask: torch.Tensor) -> Metric:
+    """Pearson's, over the places where mask is true."""
+    x, y = x.detach().double().where(mask, 0.0), y.detach().double().where(mask, 0.0)
+    sums = torch.stack([x.sum(), y.sum(), x.square().sum(), y.square().sum(), (x * y).sum()])
+    return Metric(sums, mask.sum(), "correlation")
+
+
 def _filled(values: torch.Tensor, mask: torch.Tensor, filling: float) -> torch.Tensor:
     filler = values.new_tensor([filling])  # keeps an empty batch reducible
     return torch.cat([values.detach().where(mask, filling).flatten(), filler])

@@ -28,10 +28,12 @@ PRESETS: Mapping[PresetName, Mapping[str, Any]] = MappingProxyType(
             "score": "last",
             "length_mix": False,
         },
-        # To reproduce old curves: a low, moving temperature and hardly any regularisation.
+        # To reproduce old curves: a moving temperature, hardly any regularisation, and no batch norm: with it
+        # differences stay in their band under these settings too (docs/benchmarks.md).
         "before_fix": {
             "temperature": 2.0,
             "adaptive_temperature": "ema",
+            "batch_norm": False,
             "score_reg": {"threshold": 5.0, "weight": 0.001},
         },
     }
@@ -104,6 +106,8 @@ class CriticHealth(Block):
     """true: remedies are applied, and undone when the metric is back in its band; false: only said."""
     window: Positive = 10
     """Steps whose mean is looked at."""
+    length_corr: float = Field(default=0.7, gt=0, le=1)
+    """Band of the correlation between score and length, to both sides of 0."""
 
 
 class CriticBlock(Block):

@@ -93,6 +93,10 @@ class GuardBlock(Block):
     changed shows here first. 0 = off."""
     nonfinite_limit: Positive = 3
     """Updates in a row skipped for a loss or gradient that is not finite; then the run stops."""
+    length_corr: float | None = Field(default=0.7, gt=0, le=1)
+    """Alarm when the correlation of reward and response length stays beyond this, in one direction, for
+    length_window steps: the reward may be one for length. null = never."""
+    length_window: Positive = 20
     hang_minutes: float = Field(default=30.0, ge=0)
     """A rank that finishes no step, evaluation or checkpoint for so long leaves its stack in logs/stacks and
     ends with exit code 85: start me again. 0 = never."""

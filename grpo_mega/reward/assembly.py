@@ -36,6 +36,11 @@ class RewardAssembly:
         ]
 
     @property
+    def formats(self) -> list[str]:
+        """Names of the components that look at a response's form."""
+        return [reward.name for reward, _ in self._components if isinstance(reward, FormatScorer)]
+
+    @property
     def weights(self) -> dict[str, float]:
         """By component, in their order; the critic's last."""
         own = {reward.name: weight for reward, weight in self._components}

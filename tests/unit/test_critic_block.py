@@ -26,7 +26,7 @@ def test_presets() -> None:
     gad = CriticBlock(**DISCRIMINATOR, preset="gad")
     assert (gad.temperature, gad.score_reg.weight, gad.batch_norm) == (1.0, 0.0, False)
     before = CriticBlock(**DISCRIMINATOR, preset="before_fix")
-    assert (before.temperature, before.adaptive_temperature) == (2.0, "ema")
+    assert (before.temperature, before.adaptive_temperature, before.batch_norm) == (2.0, "ema", False)
     assert (before.score_reg.threshold, before.score_reg.weight) == (5.0, 0.001)
 
 

@@ -105,6 +105,7 @@ def test_a_difference_that_moves_or_stands_in_its_band_is_not_flat() -> None:
         ({"score_diff": 6.0}, "critic/score_diff"),
         ({"grad_norm": 0.7}, "critic/grad_norm"),
         ({"d_acc": 0.62}, "critic/d_acc"),
+        ({"score_length_corr": -0.8}, "critic/score_length_corr"),
     ],
 )
 def test_outside_a_band_is_said_once(ill, name) -> None:

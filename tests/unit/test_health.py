@@ -109,3 +109,33 @@ def test_tiers_must_rise():
         GuardBlock(tiers=({"above": 10}, {"above": 5}))
     with pytest.raises(ValueError, match="must rise"):
         GuardBlock(stop_above=7)
+
+
+def by_length(watched: Guard, *values: float | None) -> list[list[str]]:
+    """Names of what is new at each step."""
+    steps = ({} if value is None else {"reward/length_corr": value} for value in values)
+    return [[f.name for f in watched.observe(step, m).findings] for step, m in enumerate(steps, start=1)]
+
+
+def test_a_reward_that_goes_by_length_for_a_whole_window_is_an_alarm():
+    watched = guard(length_corr=0.7, length_window=3)
+    assert by_length(watched, 0.9, 0.9, 0.6, 0.8, 0.8) == [[]] * 5  # never three in a row
+    assert by_length(watched, None, 0.75, 0.9, 0.9) == [[], ["length"], [], []]  # said once
+    assert "length" in watched.state.alarms
+    assert by_length(watched, 0.1) == [[]] and not watched.state.alarms
+    assert by_length(watched, -0.9, -0.8, -0.9) == [[], [], ["length"]]  # the short ones earn more
+
+
+def test_reward_and_length_that_change_sides_are_no_alarm():
+    assert by_length(guard(length_window=2), 0.9, -0.9, 0.9, -0.9) == [[]] * 4
+    assert by_length(guard(length_window=1, length_corr=None), 1.0, 1.0) == [[]] * 2
+
+
+def test_the_window_of_lengths_goes_on_after_a_checkpoint():
+    watched = guard(length_window=3)
+    by_length(watched, 0.9, 0.9)
+    state = GuardState.from_json(json.loads(json.dumps(watched.state.to_json())))
+    resumed = Guard(GuardBlock(length_window=3), normalised_rewards=True, state=state)
+    assert by_length(resumed, 0.9) == [["length"]]
+    older = {name: value for name, value in state.to_json().items() if name != "length_corrs"}
+    assert GuardState.from_json(older).length_corrs == ()
