@@ -30,6 +30,7 @@ LAYERS = (
         "inference_callback",
         "curriculum",
         "batching",
+        "data_quality",
         "inputs",
         "certify",
         "preemption",

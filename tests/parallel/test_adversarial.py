@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 from tests import tiny
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
+
+ROOT = Path(__file__).parents[2]
 
 
 def recipe_of(run_dir: Path, **blocks: object) -> dict[str, Any]:
@@ -63,6 +67,30 @@ def test_the_layout_changes_nothing(parallel, alone, ranks, tmp_path):
     for line, expected in zip(lines, reference, strict=True):
         # Adam's first steps are as long for a tiny gradient as for a large one: rounding shows in the scores
         assert line == pytest.approx(expected, rel=5e-3, abs=2e-3), f"step {line['step']}"
+
+
+def test_the_data_quality_tool_asks_the_critic_of_a_checkpoint(alone, tmp_path):
+    """Teachers and students alike: the pairs that are equal have no gap, and lengths are the tokenizer's."""
+    (alone / "recipe.yaml").write_text(json.dumps(recipe_of(alone)))
+    rows = [
+        {
+            "content": f"sort: {n} 1 =",
+            "teacher_response": f"1 {n}",
+            "student_response": f"1 {n}" if n % 2 else "x",
+        }
+        for n in range(2, 8)
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("\n".join(map(json.dumps, rows)))
+    checkpoint = sorted((alone / "checkpoints").glob("step_*"))[-1]
+    command = [sys.executable, "tools/analyze_data_quality.py", str(data), "--critic", str(checkpoint)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "quality.json").read_text())["numbers"]
+    assert found["critic/pairs"] == 6 and found["critic/identical_pairs"] == 3
+    assert found["critic/identical_gap"] == 0.0 and found["critic/score_diff"] != 0.0
+    # of the three pairs that differ; an equal pair is no win
+    assert found["critic/teacher_wins"] == pytest.approx(2 * found["critic/d_acc"])
 
 
 def train(recipe: dict[str, Any], kill: tuple[str, int] | None, resume: bool) -> None:
