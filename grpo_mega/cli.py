@@ -18,6 +18,7 @@ from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape, local_model_directory
 from grpo_mega.plan import check_layout, check_world_size, make_plan, render_plan
 from grpo_mega.recipe import Recipe, dump_resolved, load_recipe, render_resolved
+from grpo_mega.rollout_files import RolloutFiles
 
 SCRATCH_VOCAB = 99
 """Tokens of the built-in character tokenizer, known here so that a plan needs no tokenizer library."""
@@ -75,11 +76,21 @@ def train(
             "--tracker", help="wandb, tensorboard, jsonl or none, in place of the recipe's; repeatable."
         ),
     ] = None,
+    dump_rollouts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep each step's samples and scores there.")
+    ] = None,
+    replay_rollouts: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Train on samples kept there; sample nothing.")
+    ] = None,
+    rollout_only: Annotated[
+        bool, typer.Option("--rollout-only", help="Sample, score and keep; train nothing.")
+    ] = False,
     verbose: Verbose = False,
 ) -> None:
     """Train as RECIPE says."""
     if resume and overwrite:
         raise typer.BadParameter("--resume keeps a run and --overwrite removes it: give one of them")
+    files = RolloutFiles(dump_rollouts, replay_rollouts, rollout_only)
     chosen = [f"tracker=[{', '.join(tracker)}]"] if tracker else []
     loaded = load_recipe(recipe_path, [*(overrides or ()), *chosen])
     recipe = loaded.recipe
@@ -89,15 +100,20 @@ def train(
             typer.echo(render_resolved(loaded), nl=False)
         return
     if launch.is_lead():
+        files.check(recipe, resume=resume)
         prepare_run_dir(recipe, resume=resume, overwrite=overwrite)
 
     # A run that died before its first checkpoint starts again: who requeues a job need not look.
     goes_on = resume and bool(complete_checkpoints(recipe.run.dir / "checkpoints"))
 
     def worker() -> None:
+        if rollout_only:
+            from grpo_mega.rollout_only import run_rollouts
+
+            return run_rollouts(recipe, files, quiet=quiet)
         from grpo_mega.train import run
 
-        run(recipe, resume=goes_on, quiet=quiet)
+        return run(recipe, resume=goes_on, quiet=quiet, files=files)
 
     _start(recipe, worker, verbose)
 

@@ -21,6 +21,7 @@ from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.blocks import AdvantageBlock
 from grpo_mega.reward.report import reward_report
+from grpo_mega.rollout.replay import KeptRollouts, Origin
 from grpo_mega.types import Group, Score, TrainSequence
 
 TEMPORARY = "temp_seq_"
@@ -31,8 +32,10 @@ TEMPORARY = "temp_seq_"
 class Rollouts:
     """This rank's groups of a step, and their places in the step's batch of prompts."""
 
+    origin: Origin
     places: list[int]
     groups: list[Group]
+    scores: list[tuple[Score, ...]] | None = None  # where they are known: of a replay
 
     @property
     def orders(self) -> list[int]:
@@ -47,8 +50,14 @@ class Rollouts:
 def sample_groups(
     parts: Parts, prompts: PromptStream, stage_index: int, step: int, group_size: int
 ) -> Rollouts:
-    """The step's prompts, dealt to ranks, each answered `group_size` times by the current policy."""
-    batch = prompts.prompts_for_step(step, parts.recipe.rollout.prompts_per_step)
+    """The step's prompts, dealt to ranks, each answered `group_size` times by the current policy; or what an
+    earlier run kept of that."""
+    recipe = parts.recipe
+    origin = Origin(recipe.seed, stage_index, step, recipe.rollout.prompts_per_step, group_size)
+    batch = prompts.prompts_for_step(step, origin.prompts_per_step)
+    if parts.replay is not None:
+        kept = parts.replay.read(origin, batch, parts.layout.rank, parts.layout.world_size)
+        return Rollouts(origin, kept.places, kept.groups, kept.scores)
     share = parts.sampler.share(batch, parts.layout.rank, parts.layout.world_size)
     groups = parts.sampler.generate(
         [prompt for _, prompt in share],
@@ -56,7 +65,20 @@ def sample_groups(
         parts.inputs.sampling,
         parts.inputs.stage_seed(stage_index),
     )
-    return Rollouts([place for place, _ in share], groups)
+    return Rollouts(origin, [place for place, _ in share], groups)
+
+
+def score_groups(parts: Parts, rollouts: Rollouts) -> list[tuple[Score, ...]]:
+    """What every sample of this rank earns, without a critic's score."""
+    if rollouts.scores is not None:
+        return rollouts.scores
+    return parts.inputs.rewards.score_groups(rollouts.groups)
+
+
+def keep(parts: Parts, rollouts: Rollouts, scores: list[tuple[Score, ...]] | None) -> None:
+    """Write the step's samples where the run was told to keep them. A collective."""
+    if parts.dump is not None:
+        parts.dump.write(rollouts.origin, KeptRollouts(rollouts.places, rollouts.groups, scores))
 
 
 def weighed(

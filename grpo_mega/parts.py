@@ -35,8 +35,10 @@ from grpo_mega.plan import check_world_size
 from grpo_mega.recipe.blocks import LossBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.rollout.replay import RolloutDump, RolloutReplay
 from grpo_mega.rollout.sampler import Sampler
 from grpo_mega.rollout.sglang import ModelFacts, Rank, SglangEngine
+from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.self_check import check_policy_loss
 from grpo_mega.sync.export import write_hf_directory
 from grpo_mega.sync.layout import Heads
@@ -44,6 +46,7 @@ from grpo_mega.sync.proof import Probe
 from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf, stream_hf
 from grpo_mega.types import TrainSequence
 
+NO_FILES = RolloutFiles()
 PROBE_TOKENS = 64
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Of log-probs, on average, between the trainer and a server with the same weights."""
@@ -61,6 +64,8 @@ class Parts:
     engine: PolicyEngine
     kernels: Implementation
     critic: CriticEngine | None = None  # where the recipe has one
+    dump: RolloutDump | None = None  # where samples are kept
+    replay: RolloutReplay | None = None  # where samples are read, in place of a sampler
     missing_uids: int = 0  # samples so far that came without one
     _steered: dict[Caps, PolicyLoss] = field(default_factory=dict[Caps, PolicyLoss])
 
@@ -141,6 +146,8 @@ class Parts:
 
     def sync_weights(self) -> dict[str, float]:
         """The sampler takes the policy's weights; what is known of the way there."""
+        if self.replay is not None:
+            return {}
         if isinstance(self.sampler, SglangEngine):
             self.sampler.load(_Again(self))
             return self.sampler.metrics
@@ -185,7 +192,14 @@ class _Again:
         return self.parts.hf_tensors()
 
 
-def build(recipe: Recipe, *, quiet: bool = False, fresh: bool, check_inputs: bool = True) -> Parts:
+def build(
+    recipe: Recipe,
+    *,
+    quiet: bool = False,
+    fresh: bool,
+    check_inputs: bool = True,
+    files: RolloutFiles = NO_FILES,
+) -> Parts:
     """Join the other ranks and build the engine. `fresh` loads the initial weights; else a checkpoint
     follows."""
     initialize_process_group()
@@ -202,6 +216,10 @@ def build(recipe: Recipe, *, quiet: bool = False, fresh: bool, check_inputs: boo
         kernels = choose(recipe.train.kernels, on_gpu=has_gpu(), vocab=hf.vocab_size)
         engine = PolicyEngine(hf, recipe.model, recipe.train, layout, kernels)
         parts = Parts(recipe, layout, console, inputs, hf, engine, kernels)
+        if files.dump is not None:
+            parts.dump = RolloutDump(files.dump, layout.rank, layout.world_size)
+        if files.replay is not None:
+            parts.replay = RolloutReplay(files.replay)
         if fresh:
             load_hf(engine.chunks, layout, parts.heads, HfDirectory(directory))
             engine.weights_changed()

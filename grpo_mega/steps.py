@@ -15,7 +15,7 @@ from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import batch_segments
 from grpo_mega.batching import distribute
-from grpo_mega.collect import sample_groups, weighed
+from grpo_mega.collect import keep, sample_groups, score_groups, weighed
 from grpo_mega.data.stream import PromptStream
 from grpo_mega.drift import Suspect, drift_metrics, not_finite, probe
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
@@ -75,6 +75,7 @@ def warmup_step(
     watch = Stopwatch()
     with watch.phase("rollout"):
         rollouts = sample_groups(parts, prompts, stage_index, step, stage.samples)
+        keep(parts, rollouts, None)
     with watch.phase("critic"):
         metrics = adversary.learn(adversary.judge(rollouts, prompts))
     if stage.student == "sft":
@@ -140,11 +141,14 @@ def grpo_step(
     with watch.phase("rollout"):
         rollouts = sample_groups(parts, prompts, stage_index, step, recipe.rollout.group_size)
     with watch.phase("reward"):
-        scores = parts.inputs.rewards.score_groups(rollouts.groups)
+        scores = given = score_groups(parts, rollouts)
         judged = adversary.judge(rollouts, prompts) if adversary else None
         if adversary and judged:
-            scores = adversary.rewarded(scores, rollouts, judged)
+            scores = adversary.rewarded(given, rollouts, judged)
         sequences, reported = weighed(parts, rollouts, scores, histograms)
+    if parts.dump is not None:
+        with watch.phase("dump"):
+            keep(parts, rollouts, given)
     moved = PolicyMove({}, [], None, 0.0)
     if adversary is None or step >= adversary.alone_for:
         moved = move_policy(parts, sequences, steering, watch, histograms)

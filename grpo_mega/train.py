@@ -21,10 +21,11 @@ from grpo_mega.errors import UserError
 from grpo_mega.inference_callback import PASS_RATE_METRIC, EvaluationHistory
 from grpo_mega.journal import Journal
 from grpo_mega.monitor.report import draw_curves
-from grpo_mega.parts import Parts, build
+from grpo_mega.parts import NO_FILES, Parts, build
 from grpo_mega.preemption import REQUEUE_EXIT_CODE, Preemption
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.recipe.stage_blocks import Stage
+from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.steps import Steering, grpo_step, sft_step, warmup_step
 from grpo_mega.types import StepReport
 from grpo_mega.watch import Watch
@@ -34,10 +35,12 @@ HISTOGRAM_EVERY = 10
 """Steps between histograms: a tracker draws hundreds of them as bands, and each is kilobytes."""
 
 
-def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False) -> None:
+def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False, files: RolloutFiles = NO_FILES) -> None:
     """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves
     in run.dir."""
-    parts = build(recipe, quiet=quiet, fresh=not resume)
+    parts = build(recipe, quiet=quiet, fresh=not resume, files=files)
+    if files.replay is not None:
+        parts.console.say(f"samples come from {files.replay}: nothing is sampled, and so nothing evaluated")
     with parts.console.phase("checking the kernels"):
         checked = parts.check_kernels()
     for line in checked:
@@ -228,7 +231,9 @@ class Trainer:
             self._evaluate(stage.kind)
 
     def _evaluate(self, kind: str) -> None:
-        if self.evaluations.has(self.state.step) or not self.parts.inputs.evaluates:
+        if self.parts.replay is not None or not self.parts.inputs.evaluates:
+            return
+        if self.evaluations.has(self.state.step):
             return
         with self.parts.console.phase("evaluating"):
             evaluation = self.parts.evaluate(self.curriculum.eval_selection if self.curriculum else None)

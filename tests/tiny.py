@@ -105,13 +105,15 @@ def recipe_dict(run_dir: Path, **blocks: object) -> dict:
     return recipe
 
 
-def train_on_pool(recipe: dict, resume: bool = False) -> None:
+def train_on_pool(recipe: dict, resume: bool = False, **files: Path | None) -> None:
     """`grpo_mega.train.run` without leaving the process group, for a rank of a pool."""
     from grpo_mega.parts import build
     from grpo_mega.recipe.schema import Recipe
+    from grpo_mega.rollout_files import RolloutFiles
     from grpo_mega.train import Trainer
 
-    parts = build(Recipe.model_validate(recipe), quiet=True, fresh=not resume)
+    kept = RolloutFiles(**files)
+    parts = build(Recipe.model_validate(recipe), quiet=True, fresh=not resume, files=kept)
     trainer = Trainer(parts, resume=resume)
     try:
         trainer.run()

@@ -37,6 +37,7 @@ LAYERS = (
         "watchdog",
         "slurm_job",
         "drift",
+        "rollout_files",
     ),
     ("self_check",),
     ("parts",),
@@ -45,7 +46,7 @@ LAYERS = (
     ("steps",),
     ("watch",),
     ("train", "runs", "bench"),
-    ("loss_commands", "slurm_command", "doctor_check"),
+    ("loss_commands", "slurm_command", "doctor_check", "rollout_only"),
     ("doctor_run",),
     ("doctor",),
     ("cli",),
@@ -58,7 +59,17 @@ SIDEWAYS = {
     ("critic", "data"),
     ("critic", "monitor"),
 }
-TORCH_FREE = ("errors", "recipe", "model_shape", "plan", "algo.innovations", "doctor_run", "cli", "slurm_job")
+TORCH_FREE = (
+    "errors",
+    "recipe",
+    "model_shape",
+    "plan",
+    "algo.innovations",
+    "doctor_run",
+    "cli",
+    "slurm_job",
+    "rollout_files",
+)
 
 LEVEL = {unit: level for level, units in enumerate(LAYERS) for unit in units}
 

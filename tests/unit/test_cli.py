@@ -17,6 +17,7 @@ from grpo_mega.data.tokenizer import scratch_tokenizer
 from grpo_mega.errors import UserError
 from grpo_mega.monitor.jsonl import MetricsWriter
 from grpo_mega.recipe import Recipe, load_recipe
+from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.types import StepReport
 
 ROOT = Path(__file__).parents[2]
@@ -100,7 +101,7 @@ def test_a_dry_run_touches_nothing(recipe: Path, calls: list[tuple[object, ...]]
 def test_train_hands_over_the_recipe_and_writes_it(recipe: Path, calls: list[tuple[object, ...]]):
     invoke("train", recipe, "train.steps=3", "--quiet")
     expected = load_recipe(recipe, ["train.steps=3"]).recipe
-    assert calls == [("run", expected, {"resume": False, "quiet": True})]
+    assert calls == [("run", expected, {"resume": False, "quiet": True, "files": RolloutFiles()})]
     assert load_recipe(recipe.parent / "run" / "recipe.yaml").recipe == expected
 
 
@@ -113,11 +114,11 @@ def test_a_run_is_neither_overwritten_nor_resumed_unasked(recipe: Path, calls: l
         invoke("train", recipe)
     (run_dir / "recipe.yaml").touch()  # of a run that died before its first checkpoint was complete
     invoke("train", recipe, "--resume")
-    assert calls.pop()[-1] == {"resume": False, "quiet": False}
+    assert calls.pop()[-1] == {"resume": False, "quiet": False, "files": RolloutFiles()}
     for name in ("state.json", "manifest.json"):
         (run_dir / "checkpoints" / "step_000005" / name).touch()
     invoke("train", recipe, "--resume")
-    assert calls.pop()[-1] == {"resume": True, "quiet": False}
+    assert calls.pop()[-1] == {"resume": True, "quiet": False, "files": RolloutFiles()}
     assert (run_dir / "checkpoints" / "step_000005").is_dir()
     invoke("train", recipe, "--overwrite")
     assert sorted(path.name for path in run_dir.iterdir()) == ["notes.txt", "recipe.yaml"]
