@@ -21,7 +21,12 @@ from grpo_mega.data.selection import Selection
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.engine.device import device, has_gpu
 from grpo_mega.engine.model import DTYPES
-from grpo_mega.engine.parallel import Layout, initialize_layout, initialize_process_group
+from grpo_mega.engine.parallel import (
+    Layout,
+    collective_limit,
+    initialize_layout,
+    initialize_process_group,
+)
 from grpo_mega.engine.policy import PolicyEngine
 from grpo_mega.engine.scratch import write_scratch_model
 from grpo_mega.evaluation import Evaluation, evaluate
@@ -202,9 +207,10 @@ def build(
 ) -> Parts:
     """Join the other ranks and build the engine. `fresh` loads the initial weights; else a checkpoint
     follows."""
-    initialize_process_group()
+    limit = collective_limit(recipe.guard.hang_minutes)
+    initialize_process_group(limit)
     check_world_size(recipe, dist.get_world_size())
-    layout = initialize_layout(recipe.parallel, recipe.seed)
+    layout = initialize_layout(recipe.parallel, recipe.seed, limit)
     console = Console(quiet=quiet) if layout.rank == 0 else Console.silent()
     inputs = Inputs(recipe, load_tokenizer(recipe.model))
     if check_inputs:

@@ -34,6 +34,7 @@ TOLD_LINES = 40
 
 _ENDING = re.compile(r"^srun: error: (?P<node>\S+): tasks? (?P<ranks>[\d,\-\[\]]+): (?P<how>.+)$")
 _EXIT_CODE = re.compile(r"Exited with exit code (\d+)")
+_HANG = re.compile(r"^rank \d+: nothing finished in ")
 _FAILURE = re.compile(r"^(error: |rank \d+ failed:)")
 _MEMORY_HINT = (
     "the system does this when memory runs out (see dmesg on the node): ask for more with --mem, or lower "
@@ -229,7 +230,10 @@ def verdict(found: Sequence[Ending], code: int) -> tuple[int, Ending | None]:
 def explain(logs: Path, code: int, environment: Mapping[str, str]) -> int:
     """Print what ended the ranks, with the end of the log of one that said why; the job's exit code."""
     said = (logs / "srun.txt").read_text(encoding="utf-8", errors="replace")
-    code, cause = verdict(endings(said.splitlines()), code)
+    found = endings(said.splitlines())
+    code, cause = verdict(found, code)
+    if code == REQUEUE_EXIT_CODE:
+        sys.stderr.write("".join(f"{line}\n" for line in hang(logs, found)))
     if code in (0, REQUEUE_EXIT_CODE):
         return code
     sys.stderr.write(said)
@@ -251,6 +255,19 @@ def explain(logs: Path, code: int, environment: Mapping[str, str]) -> int:
             sys.stderr.write("\n".join([f"{path}:", *lines]) + "\n")
             break
     return code
+
+
+def hang(logs: Path, found: Sequence[Ending]) -> list[str]:
+    """What a rank that left because of a hang said of it, which is the last that it said."""
+    for rank in (rank for ending in found if ending.code == REQUEUE_EXIT_CODE for rank in ending.numbers):
+        path = logs / f"rank_{rank}.txt"
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []
+        start = len(lines) - 1
+        while start > 0 and lines[start].startswith("  "):
+            start -= 1
+        if lines and _HANG.match(lines[start]):
+            return lines[start:]
+    return []
 
 
 def last_failure(lines: Sequence[str]) -> list[str]:

@@ -94,7 +94,9 @@ class Trainer:
             tell = self.journal.critic_verdict
             self.adversary = Adversary(parts, parts.critic, tell, remembered.get("critic"))
         stacks = parts.run_dir / "logs" / "stacks"
-        self.watchdog = Watchdog(self.recipe.guard.hang_minutes, stacks, parts.layout.rank)
+        self.watchdog = Watchdog(
+            self.recipe.guard.hang_minutes, stacks, parts.layout.rank, parts.layout.world_size
+        )
         self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
         if "evaluations" in remembered:

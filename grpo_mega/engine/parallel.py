@@ -14,7 +14,8 @@ from megatron.core import parallel_state, tensor_parallel
 from grpo_mega.engine.device import bind_local_rank, device, process_group_backend
 from grpo_mega.recipe.blocks import ParallelBlock
 
-COLLECTIVE_TIMEOUT = datetime.timedelta(minutes=30)
+DEFAULT_LIMIT = datetime.timedelta(minutes=30)
+"""Of a collective."""
 
 
 @dataclass(frozen=True)
@@ -65,16 +66,23 @@ class Layout:
         return dist.get_global_rank(self.pp_group, self.pp_size - 1)
 
 
-def initialize_process_group() -> None:
+def collective_limit(hang_minutes: float) -> datetime.timedelta:
+    """A little more than the watchdog's, whose words say more: which rank is missing, and where all are."""
+    return datetime.timedelta(minutes=hang_minutes + 2) if hang_minutes else datetime.timedelta(days=7)
+
+
+def initialize_process_group(limit: datetime.timedelta = DEFAULT_LIMIT) -> None:
     """Join the other ranks; torchrun (or our launcher) has set the environment."""
     if not dist.is_initialized():
         bind_local_rank(int(os.environ.get("LOCAL_RANK", "0")))
-        dist.init_process_group(process_group_backend(), timeout=COLLECTIVE_TIMEOUT)
+        dist.init_process_group(process_group_backend(), timeout=limit)
 
 
-def initialize_layout(parallel: ParallelBlock, seed: int) -> Layout:
+def initialize_layout(
+    parallel: ParallelBlock, seed: int, limit: datetime.timedelta = DEFAULT_LIMIT
+) -> Layout:
     """Build Megatron's groups. Calling it again with another layout replaces them."""
-    initialize_process_group()
+    initialize_process_group(limit)
     if parallel_state.model_parallel_is_initialized():
         parallel_state.destroy_model_parallel()
     parallel_state.initialize_model_parallel(
@@ -83,6 +91,7 @@ def initialize_layout(parallel: ParallelBlock, seed: int) -> Layout:
         virtual_pipeline_model_parallel_size=parallel.vpp if parallel.vpp > 1 else None,
         context_parallel_size=parallel.cp,
         expert_model_parallel_size=parallel.ep,
+        distributed_timeout_minutes=limit.total_seconds() / 60,  # each group has one of its own
         create_gloo_process_groups=True,  # the distributed optimizer gathers its checkpoints over them
     )
     tensor_parallel.model_parallel_cuda_manual_seed(seed, force_reset_rng=True)

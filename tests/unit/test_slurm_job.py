@@ -99,6 +99,17 @@ def test_a_failure_is_told_with_the_words_of_the_rank(tmp_path: Path, capsys: py
     assert said.endswith("rank_1.txt:\nerror: heads = 6\n  remedy: tp 1\n")
 
 
+def test_a_hang_is_told_with_the_rank_that_is_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    hung = "rank 0: nothing finished in 30 minutes (guard.hang_minutes)\n  rank 1: missing\n"
+    (tmp_path / "srun.txt").write_text(f"{HUNG}\n")
+    (tmp_path / "rank_0.txt").write_text(f"step 3\n{hung}")
+    assert explain(tmp_path, 85, {"SLURM_NTASKS": "2"}) == 85
+    assert capsys.readouterr().err == hung
+    (tmp_path / "rank_0.txt").write_text(f"{hung}saved after step 5\n")  # of an earlier start
+    explain(tmp_path, 85, {"SLURM_NTASKS": "2"})
+    assert capsys.readouterr().err == ""
+
+
 def test_srun_names_ranks_in_ranges():
     (ending,) = endings(["srun: error: node[1-2]: tasks 0-2,5: Exited with exit code 1"])
     assert ending.numbers == [0, 1, 2, 5]
