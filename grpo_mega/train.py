@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from typing import Any
@@ -38,20 +39,14 @@ HISTOGRAM_EVERY = 10
 def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False, files: RolloutFiles = NO_FILES) -> None:
     """Train as the recipe says, on every rank. Leaves metrics, checkpoints, a Hugging Face model and curves
     in run.dir."""
-    parts = build(recipe, quiet=quiet, fresh=not resume, files=files)
-    if files.replay is not None:
-        parts.console.say(f"samples come from {files.replay}: nothing is sampled, and so nothing evaluated")
-    with parts.console.phase("checking the kernels"):
-        checked = parts.check_kernels()
-    for line in checked:
-        parts.console.say(line)
-    trainer = Trainer(parts, resume=resume)
-    trainer.watchdog.start()
+    stacks = recipe.run.dir / "logs" / "stacks"
+    rank, world_size = int(os.environ["RANK"]), recipe.parallel.world_size
+    watchdog = Watchdog(recipe.guard.hang_minutes, stacks, rank, world_size)
+    watchdog.start()
     try:
-        trainer.run()
+        parts = _train(recipe, watchdog, files, resume=resume, quiet=quiet)
     finally:
-        trainer.watchdog.stop()
-        trainer.journal.close()
+        watchdog.stop()
     with parts.console.phase("exporting to Hugging Face format"):
         parts.export(recipe.run.dir / "hf")
     if parts.is_lead:
@@ -60,11 +55,29 @@ def run(recipe: Recipe, *, resume: bool = False, quiet: bool = False, files: Rol
     shutdown()
 
 
+def _train(recipe: Recipe, watchdog: Watchdog, files: RolloutFiles, *, resume: bool, quiet: bool) -> Parts:
+    parts = build(recipe, quiet=quiet, fresh=not resume, files=files)
+    watchdog.tick()
+    if files.replay is not None:
+        parts.console.say(f"samples come from {files.replay}: nothing is sampled, and so nothing evaluated")
+    with parts.console.phase("checking the kernels"):
+        checked = parts.check_kernels()
+    watchdog.tick()
+    for line in checked:
+        parts.console.say(line)
+    trainer = Trainer(parts, watchdog, resume=resume)
+    try:
+        trainer.run()
+    finally:
+        trainer.journal.close()
+    return parts
+
+
 class Trainer:
     """Where a run stands and how it goes on. `state` and what guard, curriculum and evaluations remember make
     a checkpoint; all else follows from recipe and weights."""
 
-    def __init__(self, parts: Parts, *, resume: bool):
+    def __init__(self, parts: Parts, watchdog: Watchdog, *, resume: bool):
         self.parts, self.recipe = parts, parts.recipe
         self.checkpoints = parts.run_dir / "checkpoints"
         self.state = RunState(step=0, stage_index=0, stage_step=0)
@@ -93,10 +106,7 @@ class Trainer:
         if parts.critic is not None:
             tell = self.journal.critic_verdict
             self.adversary = Adversary(parts, parts.critic, tell, remembered.get("critic"))
-        stacks = parts.run_dir / "logs" / "stacks"
-        self.watchdog = Watchdog(
-            self.recipe.guard.hang_minutes, stacks, parts.layout.rank, parts.layout.world_size
-        )
+        self.watchdog = watchdog
         self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
         if "evaluations" in remembered:

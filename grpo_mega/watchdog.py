@@ -26,7 +26,7 @@ _PACKAGE = str(Path(__file__).parent)
 
 
 class Watchdog:
-    """watchdog.start() before the first step, tick() after each, stop() at the end.
+    """watchdog.start() before the ranks meet, tick() when they have and after each step, stop() at the end.
 
     Time in which the process was stopped (by SIGSTOP, or a laptop's lid) does not count: one that goes on has
     not hung. Its neighbours, which waited, find that it has.

@@ -111,10 +111,12 @@ def train_on_pool(recipe: dict, resume: bool = False, **files: Path | None) -> N
     from grpo_mega.recipe.schema import Recipe
     from grpo_mega.rollout_files import RolloutFiles
     from grpo_mega.train import Trainer
+    from grpo_mega.watchdog import Watchdog
 
     kept = RolloutFiles(**files)
     parts = build(Recipe.model_validate(recipe), quiet=True, fresh=not resume, files=kept)
-    trainer = Trainer(parts, resume=resume)
+    watchdog = Watchdog(0, parts.run_dir, parts.layout.rank, parts.layout.world_size)
+    trainer = Trainer(parts, watchdog, resume=resume)
     try:
         trainer.run()
     finally:

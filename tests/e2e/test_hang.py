@@ -1,0 +1,33 @@
+"""A run that waits for a rank which never comes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import yaml
+
+from tests import tiny
+from tests.ranks import free_port
+
+
+def test_a_rank_that_never_came_is_named(tmp_path: Path):
+    recipe = tiny.recipe_dict(tmp_path / "run", parallel={"dp": 2}, guard={"hang_minutes": 0.05})
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe))
+    place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    done = subprocess.run(
+        [sys.executable, "-m", "grpo_mega", "train", str(path)],
+        env={**os.environ, **place, **meeting},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 85, done.stderr
+    assert "rank 0: nothing finished in 0.05 minutes" in done.stderr
+    assert "  rank 1: missing; left no stack" in done.stderr
+    assert "parallel.py" in done.stderr  # where rank 0 waited
