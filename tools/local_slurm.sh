@@ -8,7 +8,8 @@
 # Needs Debian's slurmctld, slurmd, slurm-client and munge, which `start` installs when they are missing and it is root.
 # Where network namespaces are allowed (root) each node has its own, with a name and an address, so that a job that
 # says "localhost" and means its neighbour fails as it would on a cluster. Elsewhere both nodes are 127.0.0.1, which
-# hides that mistake. CPUs, memory and GPUs of the nodes are claims: enough of each for any job file to be accepted.
+# hides that mistake, and /etc/hosts names them while they run. CPUs, memory and GPUs of the nodes are claims: enough of
+# each for any job file to be accepted.
 set -euo pipefail
 
 NODES=(node1 node2)
@@ -22,6 +23,7 @@ mkdir -p "$2"
 DIR=$(cd "$2" && pwd -P)
 ID=$(($(printf %s "$DIR" | cksum | cut -d' ' -f1) % 60000))  # two clusters at once do not meet
 BRIDGE=gs$ID
+HOSTS_MARK="# local Slurm $ID"
 NETWORK=10.$((100 + ID / 250 % 150)).$((ID % 250))
 export SLURM_CONF=$DIR/slurm.conf PATH=$PATH:/usr/sbin:/sbin
 
@@ -51,9 +53,13 @@ start() {
 }
 
 install_slurm() {
-  command -v slurmctld slurmd sbatch munged > /dev/null && return
+  local missing=""
+  for command in slurmctld slurmd sbatch munged ip; do
+    command -v "$command" > /dev/null || missing=$command
+  done
+  [ -n "$missing" ] || return 0
   if [ "$(id -u)" != 0 ] || ! command -v apt-get > /dev/null; then
-    echo "error: Slurm is not installed; as root: apt-get install slurmctld slurmd slurm-client munge" >&2
+    echo "error: $missing is missing; as root: apt-get install slurmctld slurmd slurm-client munge iproute2" >&2
     exit 1
   fi
   (apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
@@ -65,6 +71,7 @@ make_network() {
     ip link set "$BRIDGE" up && ip netns add "$BRIDGE-probe" && ip netns del "$BRIDGE-probe") 2> /dev/null; then
     ip link del "$BRIDGE" 2> /dev/null || true
     echo "no network namespaces here: both nodes are 127.0.0.1" >&2
+    name_nodes
     return
   fi
   touch "$DIR/namespaces"
@@ -78,6 +85,20 @@ make_network() {
     ip -n "$BRIDGE-$node" link set eth0 up
     ip -n "$BRIDGE-$node" link set lo up
   done
+}
+
+name_nodes() {  # where the ranks look names up
+  local line="127.0.0.1 ${NODES[*]}"
+  ! getent hosts "${NODES[@]}" > /dev/null || return 0
+  [ -w /etc/hosts ] || { echo "error: /etc/hosts needs this line: $line" >&2; exit 1; }
+  echo "$line  $HOSTS_MARK" >> /etc/hosts
+}
+
+forget_names() {  # written in place: a container's is a mount
+  local kept
+  grep -qF "$HOSTS_MARK" /etc/hosts || return 0
+  kept=$(grep -vF "$HOSTS_MARK" /etc/hosts)
+  echo "$kept" > /etc/hosts
 }
 
 address() {  # of a node by its number, from 1; 0 is the controller
@@ -109,6 +130,9 @@ TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_Core_Memory
 DefMemPerCPU=100
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+SlurmctldParameters=preempt_send_user_signal
 SchedulerParameters=bf_interval=1,sched_interval=1,batch_sched_delay=0,bf_continue
 MpiDefault=none
 MailProg=/bin/true
@@ -125,7 +149,9 @@ CONF
       echo "NodeName=$node NodeHostname=$node NodeAddr=$(address "$number") Port=$((base + number))" \
         "CPUs=$CPUS Sockets=1 CoresPerSocket=$CPUS ThreadsPerCore=1 RealMemory=$MEMORY_MB Gres=gpu:$GPUS"
     done
-    echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP"
+    # Jobs of `urgent` push those of `debug` out, which then have 60 s to leave.
+    echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=1 GraceTime=60"
+    echo "PartitionName=urgent Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=2 PreemptMode=OFF"
   } > "$SLURM_CONF"
   # A count without device files makes a node invalid. These are /dev/null by another name: no CUDA, no harm.
   for ((gpu = 0; gpu < GPUS; gpu++)); do
@@ -181,7 +207,7 @@ wait_until_idle() {
   local idle=0
   local deadline=$((SECONDS + READY_SECONDS))
   while [ "$SECONDS" -lt "$deadline" ]; do
-    idle=$(timeout 10 sinfo -h -N -t idle -o %N 2> /dev/null | wc -l) || idle=0
+    idle=$(timeout 10 sinfo -h -N -p debug -t idle -o %N 2> /dev/null | wc -l) || idle=0
     if [ "$idle" -ge ${#NODES[@]} ]; then
       echo "ready: source $DIR/env.sh"
       return
@@ -189,7 +215,7 @@ wait_until_idle() {
     sleep 0.2
   done
   echo "error: the nodes did not come up" >&2
-  tail -n 5 "$DIR"/log/*.log >&2
+  tail -n 5 "$DIR"/log/* >&2
   stop
   exit 1
 }
@@ -207,6 +233,7 @@ stop() {
     signal_all KILL
     rm -f "$DIR/pids"
   fi
+  forget_names
   [ -e "$DIR/namespaces" ] || return 0
   for node in "${NODES[@]}"; do ip netns del "$BRIDGE-$node" 2> /dev/null || true; done
   ip link del "$BRIDGE" 2> /dev/null || true

@@ -73,6 +73,10 @@ class Cluster:
         path = ROOT / "slurm" / file
         return Job(self, self.call(*command, *options, str(path), environment=environment).stdout.strip())
 
+    def command(self, line: str, *options: str) -> Job:
+        said = self.call("sbatch", "--parsable", f"--output={self.jobs}/%j.txt", *options, f"--wrap={line}")
+        return Job(self, said.stdout.strip())
+
 
 @dataclass(frozen=True)
 class Job:
@@ -81,8 +85,8 @@ class Job:
 
     @property
     def output(self) -> str:
-        files = sorted(self.cluster.jobs.glob(f"{self.number}*.txt"))
-        return "".join(path.read_text(errors="replace") for path in files)
+        path = Path(self.facts()["StdOut"])
+        return path.read_text(errors="replace") if path.exists() else ""
 
     def facts(self) -> dict[str, str]:
         """What `scontrol show job` says, of the first of its tasks if it is an array."""

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +10,11 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.slurm.cluster import Cluster
+from tests.slurm.cluster import Cluster, Job, words
 
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    if not all(
-        shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin") for name in ("slurmctld", "slurmd")
-    ):
-        pytest.skip("needs slurmctld and slurmd: apt-get install slurmctld slurmd slurm-client munge")
     # Paths of sockets are short, and pytest's own folders are not.
     with tempfile.TemporaryDirectory(prefix="grpo_mega-slurm-") as name:
         slurm = Cluster(Path(name) / "cluster")
@@ -47,3 +41,12 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(content))
     return str(path)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster: Cluster, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
+    """Eight steps in one go. Submitted with the first test that wants it, and running beside that one."""
+    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
+    changes = {"run.dir": run_dir, "train.updates_per_batch": 1}
+    job = cluster.submit("innovation_2_1_ema.sbatch", RECIPE=recipe, OVERRIDES=words(changes))
+    return job, run_dir

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from pathlib import Path
 
@@ -23,13 +24,6 @@ def _submit(cluster: Cluster, recipe: str, run_dir: Path, **changes: object) -> 
 
 def _endless(cluster: Cluster, recipe: str, run_dir: Path, **changes: object) -> Job:
     return _submit(cluster, recipe, run_dir, stages__grpo__steps=100_000, **changes)
-
-
-@pytest.fixture(scope="module")
-def undisturbed(cluster: Cluster, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """Submitted with the first test that wants it, and running beside that one."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    return _submit(cluster, recipe, run_dir), run_dir
 
 
 def test_asked_to_leave_it_saves_is_requeued_and_goes_on_exactly(
@@ -103,6 +97,9 @@ def test_a_hung_rank_is_found_and_the_job_starts_again(cluster: Cluster, recipe:
     job.until(lambda: job.restarts == 1)
     stack = (run_dir / "logs" / "stacks" / "rank_0.txt").read_text()
     assert "nothing finished in 0.25 minutes" in stack and "train.py" in stack
+    assert "  rank 1: missing; left no stack" in job.output and re.search(
+        r"  rank 0: grpo_mega/\S+ in ", job.output
+    )
     assert job.finish() == "COMPLETED", job.output
     assert tiny.metrics_of(run_dir)[-1]["step"] == 8
 
