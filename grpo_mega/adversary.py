@@ -6,7 +6,6 @@ Every rank calls every method at the same time: scores and losses are over all p
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,12 +22,11 @@ from grpo_mega.critic.health import CriticHealthMonitor, CriticVerdict, HealthSt
 from grpo_mega.critic.pairs import AnswerPair, PairBatch, distribute_pairs
 from grpo_mega.critic.ranking import DiscriminatorState, PairScores
 from grpo_mega.data.stream import PromptStream
-from grpo_mega.parts import Parts, start_critic
+from grpo_mega.parts import Parts, start_from_policy
 from grpo_mega.types import Score
 
 COMPONENT = "discriminator"
 """The name of its score among the rewards."""
-START_FOLDER = "critic_start"
 AUDIT_FILE = "critic_audit.json"
 
 
@@ -88,14 +86,7 @@ class Adversary:
 
     def start(self) -> None:
         """As its first stage begins: the weights that the recipe wants it to start from."""
-        if self._block.hf is not None or self._block.init == "initial":
-            return
-        folder = self._parts.run_dir / "checkpoints" / START_FOLDER
-        self._parts.export(folder)
-        start_critic(self._discriminator.engine, self._parts, folder)
-        dist.barrier()  # all have read it
-        if self._parts.is_lead:
-            shutil.rmtree(folder)
+        start_from_policy(self._discriminator.engine, self._parts)
 
     def judge(self, rollouts: Rollouts, prompts: PromptStream) -> Judged:
         """Score every sample and the teacher's answer to its prompt."""

@@ -89,7 +89,7 @@ def weighed(
 ) -> tuple[list[TrainSequence], dict[str, float]]:
     """Sequences with their advantages, and what is reported of samples and scores."""
     advantages = step_advantages(scores, parts.recipe.advantage)
-    sequences = to_train_sequences(rollouts, advantages)
+    sequences = to_train_sequences(rollouts, scores, advantages)
     if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
         parts.warn_of_missing_uids(unnamed)
     rewards, metrics = parts.inputs.rewards, rollout_metrics(rollouts.groups, scores)
@@ -113,20 +113,26 @@ def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) 
     return [normalised(values, moments, block) for values in advantages]
 
 
-def to_train_sequences(rollouts: Rollouts, advantages: Sequence[np.ndarray]) -> list[TrainSequence]:
-    """Samples with their advantages."""
+def to_train_sequences(
+    rollouts: Rollouts, scores: Sequence[tuple[Score, ...]], advantages: Sequence[np.ndarray]
+) -> list[TrainSequence]:
+    """Samples with what they earned, and their advantages."""
+    rewards = [score.total for group in scores for score in group]
     pairs = ((group.prompt, sample) for group in rollouts.groups for sample in group.samples)
     values = np.concatenate([np.empty(0), *advantages]).astype(np.float32)
     return [
         TrainSequence(
             order=order,
+            reward=reward,
             uid=sample.uid or f"{TEMPORARY}{order}",
             token_ids=np.array([*prompt.token_ids, *sample.response_ids], np.int64),
             prompt_length=len(prompt.token_ids),
             sampler_logprobs=np.array(sample.sampler_logprobs, np.float32),
             advantage=float(value),
         )
-        for order, (prompt, sample), value in zip(rollouts.orders, pairs, values, strict=True)
+        for order, (prompt, sample), value, reward in zip(
+            rollouts.orders, pairs, values, rewards, strict=True
+        )
     ]
 
 
@@ -136,7 +142,8 @@ def rollout_metrics(groups: Sequence[Group], scores: Sequence[tuple[Score, ...]]
     totals = _numbers([score.total for group in scores for score in group])
     lengths = _numbers([len(sample.response_ids) for sample in samples])
     truncated = _numbers([sample.finish_reason == "length" for sample in samples])
-    flat = _numbers([len({score.total for score in group}) == 1 for group in scores])
+    # of a group of one nothing can be said
+    flat = _numbers([len({score.total for score in group}) == 1 for group in scores if len(group) > 1])
     rates = _numbers([score.pass_rate for group in scores for score in group])
     every, each_group = torch.ones_like(totals, dtype=torch.bool), torch.ones_like(flat, dtype=torch.bool)
     return {

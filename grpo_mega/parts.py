@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -52,6 +53,7 @@ from grpo_mega.sync.stream import HfDirectory, heads_of, load_hf, stream_hf
 from grpo_mega.types import TrainSequence
 
 NO_FILES = RolloutFiles()
+START_FOLDER = "critic_start"
 PROBE_TOKENS = 64
 PROBE_TOLERANCE = {"float32": 1e-3, "bfloat16": 0.1}
 """Of log-probs, on average, between the trainer and a server with the same weights."""
@@ -250,6 +252,20 @@ def start_critic(critic: CriticEngine, parts: Parts, directory: Path) -> None:
     heads = heads_of(critic.hf, parts.recipe.model.vocab_multiple)
     load_hf(critic.chunks, parts.layout, heads, HfDirectory(directory))
     critic.reset_head(parts.recipe.seed)
+
+
+def start_from_policy(critic: CriticEngine, parts: Parts) -> None:
+    """The policy's present weights and a new value head, unless the recipe wants the critic to keep those it
+    was built with. A collective."""
+    block = parts.recipe.critic
+    if block.hf is not None or block.init == "initial":
+        return
+    folder = parts.run_dir / "checkpoints" / START_FOLDER
+    parts.export(folder)
+    start_critic(critic, parts, folder)
+    dist.barrier()  # all have read it
+    if parts.is_lead:
+        shutil.rmtree(folder)
 
 
 def _model_directory(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, layout: Layout, fresh: bool) -> Path:

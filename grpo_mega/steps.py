@@ -23,6 +23,7 @@ from grpo_mega.monitor.metrics import mean_of
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.stage_blocks import WarmupStage
 from grpo_mega.types import PackedBatch, Prompt, TrainSequence
+from grpo_mega.value_critic import ValueCritic
 
 
 @dataclass
@@ -132,11 +133,15 @@ def grpo_step(
     stage_index: int,
     step: int,
     steering: Steering,
-    adversary: Adversary | None = None,
+    critic: Adversary | ValueCritic | None = None,
 ) -> PolicyStep:
     """Sample groups, score them against each other, move the policy, hand the sampler its weights. With an
-    adversary its score is part of the reward, and it learns from the same samples afterwards."""
+    adversary its score is part of the reward, and it learns from the same samples afterwards. A value critic
+    gives every token its advantage, and learns from the same micro-batches."""
     recipe, watch = parts.recipe, Stopwatch()
+    adversary = critic if isinstance(critic, Adversary) else None
+    valuer = critic if isinstance(critic, ValueCritic) else None
+    critic_only = critic is not None and step < critic.alone_for
     histograms: dict[str, list[float]] = {}
     with watch.phase("rollout"):
         rollouts = sample_groups(parts, prompts, stage_index, step, recipe.rollout.group_size)
@@ -149,9 +154,17 @@ def grpo_step(
     if parts.dump is not None:
         with watch.phase("dump"):
             keep(parts, rollouts, given)
+    updates: list[PolicyBatch] = []
+    if valuer or not critic_only:
+        with watch.phase("train"):
+            updates = prepare_updates(parts, sequences, steering.reference)
+    if valuer:
+        with watch.phase("critic"):
+            updates, valued = value_step(valuer, updates)
+            reported |= valued
     moved = PolicyMove({}, [], None, 0.0)
-    if adversary is None or step >= adversary.alone_for:
-        moved = move_policy(parts, sequences, steering, watch, histograms)
+    if not critic_only:
+        moved = move_policy(parts, updates, steering, watch, histograms)
         with watch.phase("sync"):
             reported |= parts.sync_weights()
     if adversary and judged:
@@ -174,22 +187,14 @@ class PolicyMove:
 
 def move_policy(
     parts: Parts,
-    sequences: Sequence[TrainSequence],
+    updates: Sequence[PolicyBatch],
     steering: Steering,
     watch: Stopwatch,
     histograms: dict[str, list[float]],
 ) -> PolicyMove:
     """The step's updates, and a look at what they did."""
     recipe = parts.recipe
-    samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-    per_update = samples // recipe.train.updates_per_batch  # whole groups: a law of the recipe
     with watch.phase("train"):
-        updates = [
-            prepare_update(
-                parts, [s for s in sequences if first <= s.order < first + per_update], steering.reference
-            )
-            for first in range(0, samples, per_update)
-        ]
         trained = [policy_update(parts, update, steering, histograms) for update in updates]
     # Of several updates the last one is reported; sampler and trainer had the same weights before the first.
     reported = trained[-1] | {k: v for k, v in trained[0].items() if k.startswith("mismatch/")}
@@ -215,6 +220,29 @@ class PolicyBatch:
 
     batches: list[PackedBatch]
     counts: Denominators
+
+
+def prepare_updates(
+    parts: Parts, sequences: Sequence[TrainSequence], reference: Weights | None
+) -> list[PolicyBatch]:
+    """Whole groups to each of the step's updates: a law of the recipe."""
+    recipe = parts.recipe
+    samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
+    per_update = samples // recipe.train.updates_per_batch
+    return [
+        prepare_update(parts, [s for s in sequences if first <= s.order < first + per_update], reference)
+        for first in range(0, samples, per_update)
+    ]
+
+
+def value_step(
+    critic: ValueCritic, updates: Sequence[PolicyBatch]
+) -> tuple[list[PolicyBatch], dict[str, float]]:
+    """The updates with their tokens' advantages; the critic, which had given them, has then learnt."""
+    valued, assessed = critic.assess([update.batches for update in updates])
+    learnt = critic.learn(valued, [update.counts for update in updates])
+    given = zip(updates, valued, strict=True)
+    return [replace(update, batches=found.batches) for update, found in given], assessed | learnt
 
 
 def prepare_update(
@@ -253,7 +281,7 @@ def policy_update(
         output = policy_loss(
             outputs.logprobs_T,
             batch.sampler_logprobs_T,
-            batch.advantages_B,
+            batch.advantages_B if batch.advantages_T is None else batch.advantages_T,
             batch.cu_seqlens,
             reference_logprobs_T=batch.reference_logprobs_T,
             entropy_T=outputs.entropy_T,

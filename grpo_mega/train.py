@@ -29,6 +29,7 @@ from grpo_mega.recipe.stage_blocks import Stage
 from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.steps import Steering, grpo_step, sft_step, warmup_step
 from grpo_mega.types import StepReport
+from grpo_mega.value_critic import ValueCritic
 from grpo_mega.watch import Watch
 from grpo_mega.watchdog import Watchdog
 
@@ -102,10 +103,7 @@ class Trainer:
         if resume:
             self.journal.event("resume", self.state.step, f"after step {self.state.step}")
         self.watch = Watch(parts, self.journal, remembered.get("guard"))
-        self.adversary: Adversary | None = None
-        if parts.critic is not None:
-            tell = self.journal.critic_verdict
-            self.adversary = Adversary(parts, parts.critic, tell, remembered.get("critic"))
+        self.critic = self._critic(remembered.get("critic"))
         self.watchdog = watchdog
         self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
@@ -115,6 +113,14 @@ class Trainer:
         if self.recipe.curriculum.kind == "staged":
             where = remembered.get("curriculum")
             self.curriculum = Curriculum(self.recipe.curriculum, state_from_json(where) if where else None)
+
+    def _critic(self, state: Mapping[str, Any] | None) -> Adversary | ValueCritic | None:
+        engine = self.parts.critic
+        if engine is None:
+            return None
+        if self.recipe.critic.kind == "value":
+            return ValueCritic(self.parts, engine, state)
+        return Adversary(self.parts, engine, self.journal.critic_verdict, state)
 
     @property
     def _companions(self) -> dict[str, CriticEngine]:
@@ -162,8 +168,8 @@ class Trainer:
         if stage.samples_groups and self._needs_reference and self.reference is None:
             self.reference = self._frozen_weights()
             self._tell(self.saver.save_weights(self.checkpoints / "reference"))
-        if stage.has_critic and self.adversary and self.adversary.is_new:
-            self.adversary.start()
+        if self.critic and self.critic.is_new and self._has_critic(stage):
+            self.critic.start()
         with self.parts.console.stage(stage.kind, total, self.state.stage_step):
             for step in range(self.state.stage_step, total):
                 metrics, lines = self._step(stage, step, rate.at(step))
@@ -182,6 +188,10 @@ class Trainer:
                     self._leave(signal)
                 if last:
                     break
+
+    def _has_critic(self, stage: Stage) -> bool:
+        """Whether the critic learns in this stage: a value model in grpo, a discriminator in its own."""
+        return stage.grpo is not None if isinstance(self.critic, ValueCritic) else stage.has_critic
 
     def _is_over(self, stage: Stage, metrics: Mapping[str, float]) -> bool:
         """Whether a metric has been where the stage wants it for long enough."""
@@ -203,9 +213,9 @@ class Trainer:
         if stage.supervised:
             return sft_step(self.parts, prompts, stage.supervised.batch_size, step, lr), []
         if stage.warmup:
-            assert self.adversary is not None, "a law of the recipe"
+            assert isinstance(self.critic, Adversary), "a law of the recipe"
             index = self.state.stage_index
-            return warmup_step(self.parts, prompts, stage.warmup, index, step, lr, self.adversary), []
+            return warmup_step(self.parts, prompts, stage.warmup, index, step, lr, self.critic), []
         caps = self.watch.caps
         policy_loss = self.parts.steered_loss(caps)
         steering = Steering(
@@ -213,8 +223,8 @@ class Trainer:
             policy_loss=policy_loss,
             reference=self.reference if policy_loss.config.kl.coef else None,
         )
-        adversary = self.adversary if stage.adversarial else None
-        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering, adversary)
+        critic = self.critic if self._has_critic(stage) else None
+        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering, critic)
         watched = self.watch.look(self.state.step, made)
         if self.state.step % HISTOGRAM_EVERY == 0:
             self.journal.histograms(self.state.step, made.histograms)
@@ -270,8 +280,8 @@ class Trainer:
 
     def _save(self, *, wait: bool = False) -> None:
         remembered: dict[str, Any] = {"guard": self.watch.state, "evaluations": self.evaluations.to_json()}
-        if self.adversary:
-            remembered["critic"] = self.adversary.state
+        if self.critic:
+            remembered["critic"] = self.critic.state
         if self.in_band:
             remembered["in_band"] = self.in_band
         if self.curriculum:

@@ -84,7 +84,8 @@ class TrainSequence:
     token_ids: np.ndarray  # L, int64: prompt then response
     prompt_length: int
     sampler_logprobs: np.ndarray  # one per response token, float32; empty in supervised stages
-    advantage: float = 0.0
+    advantage: float = 0.0  # over its group
+    reward: float = 0.0  # what its sample earned
 
     @property
     def length(self) -> int:
@@ -113,9 +114,11 @@ class PackedBatch:
     sampler_logprobs_T: torch.Tensor  # float32, 0 outside responses
     cu_seqlens: torch.Tensor  # int32, num_sequences + 1, plus one entry when there is padding
     advantages_B: torch.Tensor  # float32
+    rewards_B: torch.Tensor  # float32
     num_sequences: int
     max_seqlen: int
     uids: tuple[str, ...]  # of the sequences
+    advantages_T: torch.Tensor | None = None  # of each token, where a value model gives them
     reference_logprobs_T: torch.Tensor | None = None
     proximal_logprobs_T: torch.Tensor | None = None  # the trainer's own, under the weights that sampled
     segments_T: torch.Tensor | None = None  # int8: the part of its response each token belongs to

@@ -71,6 +71,7 @@ def random_sequences(
                 prompt_length=prompt,
                 sampler_logprobs=rng.normal(-4.0, 1.0, length - prompt).astype(np.float32),
                 advantage=float(rng.normal()),
+                reward=float(np.sin(1.0 + order)),
             )
         )
     return sequences

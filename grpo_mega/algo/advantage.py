@@ -28,6 +28,7 @@ def group_advantages(rewards_G: np.ndarray | Sequence[float], block: AdvantageBl
         grpo                 (r - mean(r)) / (std(r) + epsilon); normalize_std off: no division
         dr_grpo              r - mean(r)
         rloo                 r - mean of the others = G / (G - 1) (r - mean(r))
+        gae                  0: advantages are its tokens' own, by a value model
         reinforce_plus_plus  r, or r - mean(r) with group_baseline; `normalised` then compares all of the step
 
     std is the population's, sqrt(mean((r - mean)^2)): the group is all there is to normalise, not a sample of
@@ -42,6 +43,8 @@ def group_advantages(rewards_G: np.ndarray | Sequence[float], block: AdvantageBl
     rewards_G = np.asarray(rewards_G, dtype=np.float64)
     assert rewards_G.ndim == 1 and rewards_G.size >= 1, rewards_G.shape
     assert np.isfinite(rewards_G).all(), rewards_G
+    if block.estimator == "gae":
+        return np.zeros_like(rewards_G)
     if block.estimator == "reinforce_plus_plus" and not block.group_baseline:
         return rewards_G.copy()
     equal = (rewards_G == rewards_G[0]).all()
@@ -85,6 +88,12 @@ class StepMoments:
         mean_square = self.squares / self.count
         variance = mean_square - self.mean**2
         return float(np.sqrt(variance)) if variance > EQUAL * mean_square else 0.0
+
+
+def moments_of(values_T: torch.Tensor, mask_T: torch.Tensor) -> StepMoments:
+    """Of the values where the mask is true."""
+    chosen = values_T.detach().double().where(mask_T, 0.0)
+    return StepMoments(float(mask_T.sum()), float(chosen.sum()), float(chosen.square().sum()))
 
 
 def normalised(values_N: np.ndarray, moments: StepMoments, block: AdvantageBlock) -> np.ndarray:

@@ -82,12 +82,12 @@ def value_losses(
         loss_T, clipped_T = value_loss(values_T, target, mask_T, block.value_clip)
         error_T = target.returns_T - values_T.detach()
         metrics = {
-            "critic/value_loss": mean_of(loss_T, mask_T),
-            "critic/value_mean": mean_of(values_T, mask_T),
-            "critic/return_mean": mean_of(target.returns_T, mask_T),
-            "critic/return_variance": _variance(target.returns_T, mask_T),
-            "critic/error_variance": _variance(error_T, mask_T),
-            "critic/value_clip_fraction": mean_of(clipped_T.float(), mask_T),
+            "value/loss": mean_of(loss_T, mask_T),
+            "value/mean": mean_of(values_T, mask_T),
+            "value/return_mean": mean_of(target.returns_T, mask_T),
+            "value/return_variance": _variance(target.returns_T, mask_T),
+            "value/error_variance": _variance(error_T, mask_T),
+            "value/clip_fraction": mean_of(clipped_T.float(), mask_T),
         }
         return LossTerms(loss_T.sum() / tokens, metrics)
 
@@ -102,7 +102,7 @@ def _variance(x_T: torch.Tensor, mask_T: torch.Tensor) -> Metric:
 def with_explained_variance(metrics: dict[str, float]) -> dict[str, float]:
     """1 - var(R - v) / var(R): 1 for perfect values, 0 for a constant; left out where all returns are
     equal."""
-    spread = metrics.get("critic/return_variance", 0.0)
+    spread = metrics.get("value/return_variance", 0.0)
     if not spread:
         return metrics
-    return {**metrics, "critic/explained_variance": 1.0 - metrics["critic/error_variance"] / spread}
+    return {**metrics, "value/explained_variance": 1.0 - metrics["value/error_variance"] / spread}

@@ -122,6 +122,7 @@ def pack(sequences: Sequence[TrainSequence], padded_length: int, device: torch.d
         sampler_logprobs_T=torch.from_numpy(logprobs_T).to(device),
         cu_seqlens=torch.tensor(boundaries, dtype=torch.int32, device=device),
         advantages_B=torch.tensor([s.advantage for s in sequences], dtype=torch.float32, device=device),
+        rewards_B=torch.tensor([s.reward for s in sequences], dtype=torch.float32, device=device),
         num_sequences=len(sequences),
         max_seqlen=int(np.diff(boundaries).max()),
         uids=tuple(sequence.uid for sequence in sequences),

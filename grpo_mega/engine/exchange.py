@@ -13,7 +13,8 @@ import torch.distributed as dist
 from grpo_mega.engine.device import device
 from grpo_mega.types import TrainSequence
 
-_HEADER = 6  # order, prompt length, total length, number of log-probs, bytes of the uid, advantage
+_WHOLE = 5  # order, prompt length, total length, number of log-probs, bytes of the uid
+_HEADER = _WHOLE + 2  # advantage, reward
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,12 @@ def _encode(sequence: TrainSequence) -> np.ndarray:
     uid = np.frombuffer(sequence.uid.encode(), np.uint8)
     header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, uid.size)
     return np.concatenate(
-        [np.array((*header, sequence.advantage), np.float64), uid, sequence.token_ids, logprobs],
+        [
+            np.array((*header, sequence.advantage, sequence.reward), np.float64),
+            uid,
+            sequence.token_ids,
+            logprobs,
+        ],
         dtype=np.float64,
     )
 
@@ -69,7 +75,7 @@ def _encode(sequence: TrainSequence) -> np.ndarray:
 def _decode(buffer: np.ndarray) -> dict[int, TrainSequence]:
     sequences, at = {}, 0
     while at < len(buffer):
-        header = (int(number) for number in buffer[at : at + _HEADER - 1])
+        header = (int(number) for number in buffer[at : at + _WHOLE])
         order, prompt_length, length, logprobs, uid_bytes = header
         uid = at + _HEADER
         tokens = uid + uid_bytes
@@ -80,7 +86,8 @@ def _decode(buffer: np.ndarray) -> dict[int, TrainSequence]:
             token_ids=buffer[tokens : tokens + length].astype(np.int64),
             prompt_length=prompt_length,
             sampler_logprobs=buffer[tokens + length : end].astype(np.float32),
-            advantage=float(buffer[at + _HEADER - 1]),
+            advantage=float(buffer[at + _WHOLE]),
+            reward=float(buffer[at + _WHOLE + 1]),
         )
         at = end
     return sequences

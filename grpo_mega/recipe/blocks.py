@@ -144,11 +144,13 @@ GSPO_CLIP = ClipObjective(low=3e-4, high=4e-4)
 
 
 class AdvantageBlock(Block):
-    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus"] = "grpo"
+    estimator: Literal["grpo", "dr_grpo", "rloo", "reinforce_plus_plus", "gae"] = "grpo"
     """grpo: (reward - group mean) / (group std + epsilon); dr_grpo: reward - group mean; rloo: reward - mean
-    of the other samples; reinforce_plus_plus: (reward - mean) / std over the whole step's samples."""
+    of the other samples; reinforce_plus_plus: (reward - mean) / std over the whole step's samples; gae: of
+    every token, from the values of critic.kind value."""
     normalize_std: bool = True
-    """grpo: false leaves out the division. reinforce_plus_plus: likewise, over the step."""
+    """grpo: false leaves out the division. reinforce_plus_plus: likewise, over the step. gae: false leaves
+    the step's advantages as they are, true gives them mean 0 and std 1 over its response tokens."""
     group_baseline: bool = False
     """reinforce_plus_plus: subtract the group's mean first (then the mean over the step is 0 already)."""
     epsilon: float = Field(default=1e-6, gt=0)

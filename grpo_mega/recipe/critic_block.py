@@ -132,7 +132,8 @@ class CriticBlock(Block):
     grad_clip: float = Field(default=0.2, gt=0)
     """Global gradient norm of the critic's update."""
     critic_warmup_steps: NotNegative = 0
-    """In exactly this many first steps of an adversarial stage only the critic is updated."""
+    """In exactly this many first steps of an adversarial stage, or under value of a grpo stage, only the
+    critic is updated."""
 
     temperature: float = Field(default=5.0, gt=0)
     """tau of the ranking loss softplus(-(difference - margin) / tau)."""
@@ -193,11 +194,10 @@ class CriticBlock(Block):
         return self
 
     @model_validator(mode="after")
-    def only_a_discriminator_warms_up_alone(self) -> CriticBlock:
-        if self.critic_warmup_steps and self.kind != "discriminator":
+    def only_a_critic_warms_up(self) -> CriticBlock:
+        if self.critic_warmup_steps and self.kind == "none":
             raise ValueError(
-                f"critic_warmup_steps ({self.critic_warmup_steps}) needs kind discriminator: "
-                f"kind {self.kind} is updated beside the policy"
+                f"critic_warmup_steps ({self.critic_warmup_steps}) needs a critic: set kind, or remove it"
             )
         return self
 

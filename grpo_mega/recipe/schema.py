@@ -112,8 +112,23 @@ class Recipe(Block):
             raise ValueError(f"stage {needs} trains a discriminator: set critic.kind (it is {kind}) to it")
         if kind == "discriminator" and not needs:
             raise ValueError("critic.kind discriminator has no stage to learn in: add warmup or adversarial")
-        if kind == "value":
-            raise ValueError("critic.kind value is no part of a run yet: grpo_mega.critic.value has its loss")
+        return self
+
+    @model_validator(mode="after")
+    def gae_takes_its_values_from_a_value_model(self) -> Recipe:
+        kind, estimator = self.critic.kind, self.advantage.estimator
+        if estimator == "gae" and kind != "value":
+            raise ValueError(
+                f"advantage.estimator gae is made of a value model's values: set critic.kind (it is {kind}) "
+                "to value"
+            )
+        if kind == "value" and estimator != "gae":
+            raise ValueError(
+                f"critic.kind value gives advantages by advantage.estimator gae alone (it is {estimator}): "
+                "set it to gae, or critic.kind to none"
+            )
+        if kind == "value" and not any(stage.grpo for stage in self.stages):
+            raise ValueError("critic.kind value has no stage to learn in: add a grpo stage")
         return self
 
     @model_validator(mode="after")
@@ -146,7 +161,7 @@ class Recipe(Block):
                 "rollout.temperature 0 gives every sample of a group the same text: "
                 "a grpo stage needs it above 0"
             )
-        if self.rollout.group_size < 2:
+        if self.rollout.group_size < 2 and self.advantage.estimator != "gae":
             raise ValueError(
                 f"rollout.group_size ({self.rollout.group_size}) must be at least 2: "
                 "an advantage is relative to the other samples of its group"

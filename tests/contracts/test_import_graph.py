@@ -42,7 +42,7 @@ LAYERS = (
     ("self_check",),
     ("parts",),
     ("collect", "journal"),
-    ("adversary",),
+    ("adversary", "value_critic"),
     ("steps",),
     ("watch",),
     ("train", "runs", "bench"),

@@ -70,7 +70,7 @@ def test_a_preset_leaves_what_it_is_given_alone() -> None:
         ({"preset": "newest"}, "'gad', 'warmup_2026_01' or 'before_fix'"),
         ({"kind": "value", "preset": "gad"}, "set kind to discriminator"),
         ({"kind": "none", "preset": "gad"}, "or remove preset"),
-        ({"kind": "value", "critic_warmup_steps": 3}, "needs kind discriminator"),
+        ({"kind": "none", "critic_warmup_steps": 3}, "needs a critic"),
         ({"ranking_weight": 0.0}, "nothing that prefers a teacher"),
         ({"margin": 2.0}, "lower it, or set batch_norm to false"),
         ({"score_reg": {"range": {"teacher": [1.0, 1.0]}}}, "1 is not below 1"),

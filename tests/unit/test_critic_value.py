@@ -91,6 +91,6 @@ def test_a_mean_over_the_tokens_of_the_whole_update() -> None:
 
 
 def test_explained_variance() -> None:
-    metrics = {"critic/return_variance": 2.0, "critic/error_variance": 0.5}
-    assert with_explained_variance(metrics)["critic/explained_variance"] == 0.75
-    assert "critic/explained_variance" not in with_explained_variance({"critic/return_variance": 0.0})
+    metrics = {"value/return_variance": 2.0, "value/error_variance": 0.5}
+    assert with_explained_variance(metrics)["value/explained_variance"] == 0.75
+    assert "value/explained_variance" not in with_explained_variance({"value/return_variance": 0.0})
