@@ -12,6 +12,7 @@ from typing import Any, Protocol, cast
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.serialization import load_tensors_metadata
 from megatron.core.dist_checkpointing.utils import add_prefix_for_sharding
 from megatron.core.optimizer import MegatronOptimizer
 
@@ -40,11 +41,26 @@ Companions = Mapping[str, Engine]
 def load_checkpoint(engine: Engine, folder: Path, companions: Companions | None = None) -> RunState:
     """Restore weights and optimizers from a checkpoint written on any layout. A collective."""
     companions = companions or {}
+    for name in companions:
+        _require(name, folder)
     loaded = _load(sharded_states(engine, companions, is_loading=True), folder)
     for each, state in ((engine, loaded), *((companions[name], loaded[name]) for name in companions)):
         _take_weights(each, state)
         each.optimizer.load_state_dict(state["optimizer"])
     return read_state(folder)
+
+
+def _require(companion: str, folder: Path) -> None:
+    """That the checkpoint holds a model of this name: every rank looks, and every rank stops."""
+    if any(key.startswith(f"{companion}.") for key in load_tensors_metadata(str(folder))):
+        return
+    raise UserError(
+        f"{folder.name} holds no {companion}, and this recipe has one",
+        where=str(folder),
+        law="--resume goes on with every model of the recipe, from the run's newest checkpoint",
+        remedy=f"resume with {companion}.kind=none, or begin a new run: another run.dir, or --overwrite; to "
+        "start from what this one has learnt, grpo-mega export it and set model.hf to that directory",
+    )
 
 
 def load_weights(engine: Engine, folder: Path) -> None:

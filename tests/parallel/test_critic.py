@@ -145,7 +145,7 @@ def test_bfloat16_scores_in_float32(layout, single, model, ranks) -> None:
         assert metrics["critic/update_skipped"] == 0.0 and metrics["critic/grad_norm"] > 0.1
 
 
-def live_activations(directory: Path) -> tuple[int, int]:
+def live_activations(directory: Path, count: int, max_tokens: int) -> tuple[int, int]:
     """Micro-batches scored, and the most whose last hidden states were alive at a time."""
     import weakref
 
@@ -153,7 +153,7 @@ def live_activations(directory: Path) -> tuple[int, int]:
     from grpo_mega.engine.model import unwrap
 
     engine = build(directory, {}, BLOCK)
-    pairs = distribute_pairs(range(PAIRS), make_pairs(), engine.layout, 16, (EOS,), "last")
+    pairs = distribute_pairs(range(count), make_pairs(count), engine.layout, max_tokens, (EOS,), "last")
     alive: list[Any] = []
     most = 0
 
@@ -167,8 +167,9 @@ def live_activations(directory: Path) -> tuple[int, int]:
     return len(alive), most
 
 
-def test_scoring_holds_one_micro_batch_of_activations(model, ranks) -> None:
-    count, most = ranks(1).run(live_activations, model)[0]
+@pytest.mark.parametrize(("pairs", "max_tokens"), [(PAIRS, 16), (10_000, 4096)])
+def test_scoring_holds_one_micro_batch_of_activations(pairs, max_tokens, model, ranks) -> None:
+    count, most = ranks(1).run(live_activations, model, pairs, max_tokens)[0]
     assert count > 3 and most == 1
 
 

@@ -12,6 +12,7 @@ from tests import tiny
 from tests.critic import LAYOUTS, build
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
+from tests.ranks import RankPool
 
 
 def recipe_of(run_dir: Path, **blocks: object) -> dict[str, Any]:
@@ -163,6 +164,24 @@ def test_groups_of_one_learn_what_earns_a_reward(ranks, tmp_path):
     assert late > early + 0.4, (early, late)
     assert steps[-1]["value/loss"] < steps[0]["value/loss"]
     assert "group/zero_std_fraction" not in steps[0]  # of one sample there is nothing to compare
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_checkpoint_without_a_critic_is_no_checkpoint_of_a_run_with_one(size, ranks, tmp_path):
+    """Every rank says so, and none waits for another in a collective."""
+    options = {"parallel": {"dp": size}, "stages": [{"grpo": {"steps": 1}}], "eval": {"every": 0}}
+    plain = recipe_of(tmp_path, **options, critic={"kind": "none"}, advantage={"estimator": "grpo"})
+    ranks(size).run(tiny.train_on_pool, plain)
+    pool = RankPool(size)
+    try:
+        with pytest.raises(AssertionError) as failure:
+            pool.run(tiny.train_on_pool, recipe_of(tmp_path, **options), resume=True)
+    finally:
+        pool.close()
+    for rank in range(size):
+        assert f"rank {rank}: " in str(failure.value)
+    assert str(failure.value).count("UserError: step_000001 holds no critic, and this recipe has one") == size
+    assert "critic.kind=none" in str(failure.value)
 
 
 def _refused(**blocks: object) -> str:
