@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal, NoReturn
 
@@ -116,6 +117,32 @@ def train(
         return run(recipe, resume=goes_on, quiet=quiet, files=files)
 
     _start(recipe, worker, verbose)
+
+
+@app.command()
+def serve(
+    recipe_path: RecipePath,
+    overrides: Overrides = None,
+    urls: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Written when all answer; if left out, rollout.sglang.urls_file."),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="The address to listen at; 0.0.0.0: all, under this machine's name.")
+    ] = "127.0.0.1",
+) -> None:
+    """Start the SGLang servers of RECIPE, for a trainer elsewhere, and keep them until a signal."""
+    recipe = load_recipe(recipe_path, overrides or ()).recipe
+    if recipe.rollout.engine != "sglang":
+        raise UserError(
+            f"rollout.engine {recipe.rollout.engine} has no servers",
+            where="rollout.engine",
+            law="grpo-mega serve starts the servers of a recipe that samples from servers",
+            remedy="rollout.engine=sglang",
+        )
+    from grpo_mega.serve import serve as keep_serving
+
+    keep_serving(recipe, urls or recipe.rollout.sglang.urls_file, host, partial(print, flush=True))
 
 
 @app.command("eval")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Literal
 
 from pydantic import Field, model_validator
@@ -16,8 +17,13 @@ class SglangBlock(Block):
     """managed: the run starts its servers and ends them; external: they are at `urls` already."""
     urls: tuple[str, ...] = ()
     """external: http://host:port of each server."""
+    urls_file: Path | None = None
+    """external, in place of urls: a file with one on each line, which `grpo-mega serve` writes; read before
+    each sync, so that it may come later and change."""
+    urls_wait_seconds: float = Field(default=600.0, gt=0)
+    """external: how long to wait for urls_file and the servers in it."""
     servers: Positive = 1
-    """managed: how many."""
+    """managed, and `grpo-mega serve`, as for the keys below that say managed: how many."""
     tp: Positive = 1
     """Tensor-parallel ranks of each server."""
     python: str | None = None
@@ -40,12 +46,14 @@ class SglangBlock(Block):
 
     @model_validator(mode="after")
     def external_servers_have_urls(self) -> SglangBlock:
-        if self.mode == "external" and not self.urls:
-            raise ValueError("rollout.sglang.mode external needs rollout.sglang.urls")
-        if self.mode == "managed" and self.urls:
+        if self.mode == "external" and bool(self.urls) == bool(self.urls_file):
             raise ValueError(
-                "rollout.sglang.urls are of external servers: set rollout.sglang.mode to external, "
-                "or remove them"
+                "rollout.sglang.mode external needs rollout.sglang.urls or urls_file, and not both"
+            )
+        if self.mode == "managed" and (self.urls or self.urls_file):
+            raise ValueError(
+                "rollout.sglang.urls and urls_file are of external servers: set rollout.sglang.mode to "
+                "external, or remove them"
             )
         return self
 

@@ -27,6 +27,8 @@ PYTHON_VARIABLE = "GRPO_MEGA_SGLANG_PYTHON"
 STOP_SECONDS = 15.0
 """A server that was asked to end takes 6-10 s on a busy machine."""
 HEALTH_SECONDS = 10.0
+LOOPBACK = "127.0.0.1"
+ANY_ADDRESS = "0.0.0.0"
 LOG_LINES_SHOWN = 15
 
 # What rules a rank of the trainer, and must not rule a server.
@@ -63,6 +65,7 @@ class ServerSpec:
     dtype: str
     folder: Path  # logs
     on_gpu: bool
+    host: str = LOOPBACK  # the address that it listens at
     tp: int = 1
     cpu_threads: int = 1
     seed: int = 0
@@ -75,13 +78,19 @@ class ServerSpec:
             *("--model-path", str(self.model.resolve())),
             *("--load-format", "dummy"),
             *("--dtype", self.dtype),
-            *("--host", "127.0.0.1", "--port", str(port)),
+            *("--host", self.host, "--port", str(port)),
             *("--tp-size", str(self.tp)),
+            *(("--base-gpu-id", str(index * self.tp)) if self.on_gpu else ()),
             *("--random-seed", str(self.seed + index)),
             "--skip-tokenizer-init",
             *(() if self.on_gpu else _CPU_FLAGS),
             *self.extra_args,
         ]
+
+    @property
+    def reached_at(self) -> str:
+        """What other hosts call it: one that listens everywhere is called by this machine's name."""
+        return socket.gethostname() if self.host == ANY_ADDRESS else self.host
 
     def environment(self) -> dict[str, str]:
         kept = {
@@ -107,10 +116,17 @@ def server_python(configured: str | None) -> str:
     )
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def free_port(host: str = LOOPBACK) -> int:
+    try:
+        with socket.create_server((host, 0)) as probe:
+            return probe.getsockname()[1]
+    except OSError as error:
+        raise UserError(
+            f"no server can listen at {host}: {error.strerror or error}",
+            where="--host",
+            law="a server listens at an address of the machine that it runs on",
+            remedy="give the name or address of a network interface of this machine, or 0.0.0.0 for all",
+        ) from None
 
 
 @dataclass(eq=False)
@@ -133,7 +149,7 @@ class ManagedServer:
 
     def start(self) -> None:
         """Returns at once; `wait_until_ready` follows."""
-        port = free_port()
+        port = free_port(self.spec.host)
         command = self.spec.command(port, self.index)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
@@ -150,7 +166,7 @@ class ManagedServer:
         # not as an argument: everybody can read those
         self._process.stdin.write(json.dumps(self.spec.environment()).encode())
         self._process.stdin.close()
-        self.url = f"http://127.0.0.1:{port}"
+        self.url = f"http://{self.spec.reached_at}:{port}"
 
     def wait_until_ready(self) -> None:
         deadline = time.monotonic() + self.spec.startup_seconds

@@ -24,14 +24,15 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_mega.errors import UserError
 from grpo_mega.recipe.rollout_block import RolloutBlock
+from grpo_mega.rollout.addresses import wait_for_addresses
 from grpo_mega.rollout.client import Ask, Completion, Patience, ServersGone, SglangClient
+from grpo_mega.rollout.managed import describe_model, server_pool
 from grpo_mega.rollout.sampling import SamplingParams
-from grpo_mega.rollout.server import ServerPool, ServerSpec, free_port, server_python
+from grpo_mega.rollout.server import ServerPool, free_port
 from grpo_mega.sync.proof import Probe, Proof
 from grpo_mega.sync.servers import ControlPlane, SyncFailed
 from grpo_mega.sync.transport import (
@@ -183,7 +184,7 @@ class SglangEngine:
         urls = self._urls
         if self.rank.is_lead:
             managed = self.block.sglang.mode == "managed"
-            urls = self._managed_urls(thoroughly) if managed else self.block.sglang.urls
+            urls = self._managed_urls(thoroughly) if managed else self._external_urls()
         urls = self.rank.lead_says(urls)
         if urls != self._urls:
             self._urls = urls
@@ -191,39 +192,25 @@ class SglangEngine:
         elif self._client is not None:
             self._client.expect_fresh_servers()
 
-    def _managed_urls(self, thoroughly: bool) -> tuple[str, ...]:
+    def _external_urls(self) -> tuple[str, ...]:
+        """A file is read before each sync: servers that were started again have other addresses."""
         block = self.block.sglang
+        if block.urls_file is None:
+            return block.urls
+        return wait_for_addresses(block.urls_file, block.urls_wait_seconds)
+
+    def _managed_urls(self, thoroughly: bool) -> tuple[str, ...]:
+        block, model = self.block.sglang, self.model
         if self._pool is None:
-            spec = ServerSpec(
-                python=server_python(block.python),
-                model=self._describe_model(),
-                dtype=self.model.dtype,
-                folder=self.run_dir / "servers",
-                on_gpu=self.model.on_gpu,
-                tp=block.tp,
-                seed=self.seed,
-                startup_seconds=block.startup_seconds,
-                extra_args=block.extra_args,
+            folder = self.run_dir / "servers"
+            self._pool = server_pool(
+                block, model.hf, model.dtype, folder, on_gpu=model.on_gpu, seed=self.seed
             )
-            self._pool = ServerPool(spec, block.servers, block.max_restarts)
             atexit.register(self.close)
             self._pool.start()
         else:
             self._pool.revive(thoroughly=thoroughly)
         return self._pool.urls
-
-    def _describe_model(self) -> Path:
-        """A folder with the model's configuration: a server starts from it, without weights. It names no end
-        of sequence, so that samples end at the stop tokens that were asked for and nowhere else."""
-        folder = self.run_dir / "servers" / "model"
-        folder.mkdir(parents=True, exist_ok=True)
-        config = type(self.model.hf).from_dict(self.model.hf.to_dict())
-        config.architectures = [MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[config.model_type]]
-        config.dtype = self.model.dtype
-        config.eos_token_id = None
-        config.save_pretrained(folder)
-        GenerationConfig().save_pretrained(folder)
-        return folder
 
     def _connect(self) -> None:
         """Clients of the servers where they are now."""
@@ -241,8 +228,9 @@ class SglangEngine:
     def _new_transport(self, control: ControlPlane) -> Transport:
         match self.block.sglang.transport:
             case "disk":
-                model = self._describe_model()
-                return DiskTransport(control, self.run_dir / "servers", model)
+                folder = self.run_dir / "servers"
+                model = describe_model(self.model.hf, self.model.dtype, folder / "model")
+                return DiskTransport(control, folder, model)
             case "tensor":
                 return TensorTransport(control)
             case "distributed":

@@ -38,6 +38,7 @@ LAYERS = (
         "slurm_job",
         "drift",
         "rollout_files",
+        "serve",
     ),
     ("self_check",),
     ("parts",),

@@ -171,7 +171,9 @@ def test_the_published_folder_is_complete_and_replaces_the_last(tmp_path: Path):
     ("block", "says"),
     [
         ({"sglang": {"mode": "external"}}, "needs rollout.sglang.urls"),
+        ({"sglang": {"mode": "external", "urls": ["http://a:1"], "urls_file": "f"}}, "not both"),
         ({"sglang": {"urls": ["http://a:1"]}}, "external"),
+        ({"sglang": {"urls_file": "f"}}, "external"),
         ({"sglang": {"mode": "external", "urls": ["a:1"]}}, "must begin with http"),
         ({"sglang": {"mode": "external", "urls": ["http://a:1"] * 2}}, "twice"),
         ({"engine": "sglang", "top_p": 0.9}, "before top_p and top_k cut"),
