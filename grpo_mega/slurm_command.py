@@ -31,15 +31,28 @@ class Resources:
     cpus_per_rank: int
     time: str
     partition: str | None
+    rollout_node: bool = False
 
     def lines(self) -> list[str]:
-        gpus = f" --gpus-per-node={self.gpus_per_node}" if self.gpus_per_node else ""
-        ranks = f"--nodes={self.nodes} --ntasks-per-node={self.ranks_per_node}"
-        return [
-            f"{ranks}{gpus} --cpus-per-task={self.cpus_per_rank}",
-            f"--time={self.time}" + (f" --partition={self.partition}" if self.partition else ""),
+        partition = f" --partition={self.partition}" if self.partition else ""
+        lines = [
+            self._component(self.nodes, self.ranks_per_node, self.cpus_per_rank),
+            f"--time={self.time}{partition}",
             f"--signal=B:USR1@{SIGNAL_SECONDS} --requeue --open-mode=append --output=%x-%j.out",
         ]
+        if self.rollout_node:
+            # One task starts all servers of its node, and has what the ranks of one node have together.
+            cores = self.cpus_per_rank * self.ranks_per_node
+            lines += [
+                "hetjob",
+                self._component(1, 1, cores),
+                f"--time={self.time}{partition}",
+            ]
+        return lines
+
+    def _component(self, nodes: int, tasks_per_node: int, cpus_per_task: int) -> str:
+        gpus = f" --gpus-per-node={self.gpus_per_node}" if self.gpus_per_node else ""
+        return f"--nodes={nodes} --ntasks-per-node={tasks_per_node}{gpus} --cpus-per-task={cpus_per_task}"
 
 
 def slurm(
@@ -55,6 +68,9 @@ def slurm(
         int | None,
         typer.Option(min=0, help="GPUs of each, one for each rank; 0 = ranks on CPUs.", show_default=False),
     ] = None,
+    rollout_node: Annotated[
+        bool, typer.Option("--rollout-node", help="One more node, whose SGLang servers sample.")
+    ] = False,
     cpus_per_rank: Annotated[int, typer.Option(min=1, help="CPU cores of each rank.")] = 8,
     partition: Annotated[str | None, typer.Option(help="The cluster's default if left out.")] = None,
     time: Annotated[str, typer.Option(help="The time limit of one start; the job comes back.")] = "24:00:00",
@@ -64,14 +80,17 @@ def slurm(
     submit: Annotated[bool, typer.Option("--submit", help="Submit it as well.")] = False,
 ) -> None:
     """Write a Slurm job file for RECIPE, let Slurm check it, and perhaps submit it."""
-    changes = list(overrides or ())
+    changes = [*(overrides or ()), *(["rollout.engine=sglang"] if rollout_node else [])]
     recipe = load_recipe(recipe_path, changes).recipe
     ranks = _ranks_per_node(recipe, nodes, gpus_per_node)
     gpus = ranks if gpus_per_node is None else gpus_per_node
-    resources = Resources(nodes, ranks, gpus, cpus_per_rank, time, partition)
+    if rollout_node:
+        _check_servers_fit(recipe, gpus)
+    resources = Resources(nodes, ranks, gpus, cpus_per_rank, time, partition, rollout_node)
     path = out or Path(f"{recipe.run.name}.sbatch")
     _write(path, job_file(recipe, recipe_path, changes, resources))
-    typer.echo(f"wrote {path}: {nodes} node(s) with {ranks} rank(s) each")
+    servers = ", and a node with servers" if rollout_node else ""
+    typer.echo(f"wrote {path}: {nodes} node(s) with {ranks} rank(s) each{servers}")
     if shutil.which("sbatch") is None:
         if submit:
             raise UserError(
@@ -100,6 +119,17 @@ def _ranks_per_node(recipe: Recipe, nodes: int, gpus_per_node: int | None) -> in
             remedy="choose a number of nodes that divides the layout's ranks, or change parallel.dp",
         )
     return world_size // nodes
+
+
+def _check_servers_fit(recipe: Recipe, gpus: int) -> None:
+    servers, tp = recipe.rollout.sglang.servers, recipe.rollout.sglang.tp
+    if gpus and servers * tp > gpus:
+        raise UserError(
+            f"{servers} servers of {tp} GPUs do not fit on a node of {gpus}",
+            where="--rollout-node, rollout.sglang.servers, rollout.sglang.tp",
+            law="all servers of the job are on one node",
+            remedy=f"rollout.sglang.servers={max(gpus // tp, 1)}, or a smaller rollout.sglang.tp",
+        )
 
 
 def job_file(recipe: Recipe, recipe_path: Path, overrides: Sequence[str], resources: Resources) -> str:

@@ -1,6 +1,6 @@
 """What `slurm/launch.sh` needs besides a shell: all that can be wrong with a job, checked or said once.
 
-python -m grpo_mega.slurm_job begin train RECIPE [KEY=VALUE ...]   before the ranks: four lines to read
+python -m grpo_mega.slurm_job begin train RECIPE [KEY=VALUE ...]   before the ranks: five lines to read
 python -m grpo_mega.slurm_job explain LOGS CODE                    after them: why, and the job's exit code
 python -m grpo_mega.slurm_job release RUN_DIR                      at the end: another job may write there
 """
@@ -24,6 +24,7 @@ from grpo_mega.lifetime import REQUEUE_EXIT_CODE
 RECIPE_FILE = "recipe.yaml"
 LOCK = "slurm_lock"
 """A directory in the run's that holds one file, named after the job that writes there."""
+URLS = "urls.txt"
 SLURM_SECONDS = 60
 """How long a Slurm command may take."""
 PORTS = range(20_000, 30_000)
@@ -50,9 +51,10 @@ class Start:
     logs: Path
     port: int
     resume: str  # "--resume" or nothing
+    urls: Path | None  # where the servers in the job's second component will say that they are
 
     def __str__(self) -> str:
-        return f"{self.run_dir}\n{self.logs}\n{self.port}\n{self.resume}"
+        return f"{self.run_dir}\n{self.logs}\n{self.port}\n{self.resume}\n{self.urls or ''}"
 
 
 def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
@@ -66,6 +68,13 @@ def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
             where="OPTIONS",
             law="a job may come back, and would then remove what it made",
             remedy="remove the run yourself before submitting, or set run.dir=...",
+        )
+    has_servers = verb == "train" and _has_servers(environment)
+    if has_servers:
+        overrides += (
+            "rollout.engine=sglang",
+            "rollout.sglang.mode=external",
+            f"rollout.sglang.urls_file={URLS}",
         )
     run_dir = _checked_run_dir(target, overrides, int(environment["SLURM_NTASKS"]))
     job = job_name(environment)
@@ -84,7 +93,26 @@ def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
     came_back = int(environment.get("SLURM_RESTART_COUNT", "0")) > 0
     goes_on = verb == "train" and came_back and (run_dir / RECIPE_FILE).is_file()
     resume = "--resume" if goes_on and "--resume" not in options else ""
-    return Start(run_dir, logs, free_port(int(environment["SLURM_JOB_ID"])), resume)
+    urls = run_dir / "servers" / URLS if has_servers else None
+    return Start(run_dir, logs, free_port(int(environment["SLURM_JOB_ID"])), resume, urls)
+
+
+def _has_servers(environment: Mapping[str, str]) -> bool:
+    """Whether the job is heterogeneous: ranks, and one task that starts the servers they sample from."""
+    components = int(environment.get("SLURM_HET_SIZE", "1"))
+    if components == 1:
+        return False
+    tasks = int(environment["SLURM_NTASKS_HET_GROUP_1"])
+    if components == 2 and tasks == 1:
+        return True
+    raise UserError(
+        f"{components} components, {tasks} tasks in the second",
+        where="#SBATCH hetjob",
+        law="the first component of a heterogeneous job holds the ranks; the second one task, which starts "
+        "all servers on its node",
+        remedy="see slurm/rollout_node.sbatch; for servers on more nodes start `grpo-mega serve` on each and "
+        "name them in rollout.sglang.urls",
+    )
 
 
 def job_name(environment: Mapping[str, str]) -> str:

@@ -25,7 +25,7 @@ EXPECTED = {
     *("innovation_2_1_ema", "innovation_2_2_gradient_adaptive", "innovation_2_3_amic", "innovation_2_4_ptrw"),
     *("innovation_2_5_temporal_decay", "innovation_2_6_asymmetric", "gspo", "sweep_ema_beta"),
     *(f"combo_{name}" for name in ("conservative", "balanced", "aggressive", "all")),
-    *("multi_node", "eval", "debug_single_node"),
+    *("multi_node", "rollout_node", "eval", "debug_single_node"),
 }
 MAY_DIFFER = {"temporal_decay"}
 """Whose job takes another mode than its recipe: real responses are long, and lspd is for those."""
@@ -90,7 +90,7 @@ def test_it_picks_what_the_recipe_of_its_name_picks(path: Path, monkeypatch: pyt
     own = load_recipe(file, overrides).recipe
     name = re.sub(r"^(innovation_2_\d|combo)_|^sweep_|_beta$", "", path.stem)
     if not (ROOT / "recipes" / "innovations" / f"{name}.yaml").is_file():
-        assert path.stem in ("multi_node", "debug_single_node")
+        assert path.stem in ("multi_node", "rollout_node", "debug_single_node")
         return
     other = load_recipe(f"recipes/innovations/{name}.yaml").recipe
     assert own.train.updates_per_batch == other.train.updates_per_batch
@@ -116,7 +116,7 @@ def test_no_call_of_a_slurm_tool_waits_for_ever():
             assert "timeout 60 scontrol" in line, line
 
 
-def test_two_ranks_cannot_be_dealt_to_three_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_does_not_fit_the_nodes_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     from grpo_mega.slurm_command import slurm
 
     monkeypatch.chdir(tmp_path)
@@ -124,4 +124,7 @@ def test_two_ranks_cannot_be_dealt_to_three_nodes(tmp_path: Path, monkeypatch: p
         slurm(ROOT / "recipes" / "quickstart.yaml", nodes=3)
     with pytest.raises(UserError, match="8 processes were started for a layout of 2"):
         slurm(ROOT / "recipes" / "quickstart.yaml", gpus_per_node=8)
+    with pytest.raises(UserError, match="3 servers of 1 GPUs do not fit on a node of 2"):
+        changes = ["rollout.sglang.servers=3"]
+        slurm(ROOT / "recipes" / "quickstart.yaml", changes, gpus_per_node=2, rollout_node=True)
     assert not list(tmp_path.iterdir())

@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from tests import tiny
+from tests.sglang.conftest import sglang_python  # noqa: F401  # a fixture
 from tests.slurm.cluster import Cluster, Job, words
 
 

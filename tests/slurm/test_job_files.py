@@ -17,7 +17,7 @@ pytestmark = pytest.mark.slurm
 
 FILES = sorted(path.name for path in (ROOT / "slurm").glob("*.sbatch"))
 SWEEP = "sweep_ema_beta.sbatch"
-TRAINING = [name for name in FILES if name not in (SWEEP, "eval.sbatch")]
+TRAINING = [name for name in FILES if name not in (SWEEP, "eval.sbatch", "rollout_node.sbatch")]
 SOURCE = "innovation_2_1_ema.sbatch"
 """The run that eval.sbatch measures."""
 TWO_NODES = (SOURCE, "multi_node.sbatch", "debug_single_node.sbatch")

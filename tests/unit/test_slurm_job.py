@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -130,6 +131,16 @@ def test_begin(tmp_path: Path, known_jobs: Path):
         begin(arguments, {**job, "SLURM_NTASKS": "8"})
 
 
+def test_a_second_component_holds_servers(tmp_path: Path, known_jobs: Path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2", "SLURM_HET_SIZE": "2", "SLURM_NTASKS_HET_GROUP_1": "1"}
+    arguments = ["train", QUICKSTART, f"run.dir={tmp_path}/run"]
+    assert begin(arguments, job).urls == tmp_path / "run" / "servers" / "urls.txt"
+    with pytest.raises(UserError, match="top_p"):  # servers do not tell such log-probs
+        begin([*arguments, "rollout.top_p=0.9"], job)
+    with pytest.raises(UserError, match="2 components, 4 tasks in the second"):
+        begin(arguments, {**job, "SLURM_NTASKS_HET_GROUP_1": "4"})
+
+
 def test_jobs_on_one_node_meet_at_unlike_ports():
     import socket
 
@@ -147,3 +158,10 @@ def test_a_job_file_of_any_recipe():
     assert "#SBATCH --nodes=2 --ntasks-per-node=2 --cpus-per-task=8\n" in text
     assert "#SBATCH --time=1:00:00 --partition=cpu\n" in text
     assert "launch.sh train \"${RECIPE:-recipes/quickstart.yaml}\" 'data.system=a b' parallel.dp=4\n" in text
+    with_servers = replace(resources, gpus_per_node=2, partition=None, rollout_node=True).lines()
+    assert with_servers[0] == "--nodes=2 --ntasks-per-node=2 --gpus-per-node=2 --cpus-per-task=8"
+    assert with_servers[3:] == [
+        "hetjob",
+        "--nodes=1 --ntasks-per-node=1 --gpus-per-node=2 --cpus-per-task=16",
+        "--time=1:00:00",
+    ]
