@@ -215,7 +215,7 @@ wait_until_idle() {
     sleep 0.2
   done
   echo "error: the nodes did not come up" >&2
-  tail -n 5 "$DIR"/log/* >&2
+  tail -n 5 "$DIR"/log/* >&2 || true
   stop
   exit 1
 }

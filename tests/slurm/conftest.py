@@ -21,8 +21,8 @@ def cluster() -> Iterator[Cluster]:
         slurm = Cluster(Path(name) / "cluster")
         slurm.folder.mkdir()
         Path(name).chmod(0o755)
-        slurm.start()
         try:
+            slurm.start()
             yield slurm
         finally:
             slurm.stop()
