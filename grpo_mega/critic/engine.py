@@ -7,14 +7,11 @@ It stands beside the policy's engine in the same process and shares no state wit
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PretrainedConfig
 
 from grpo_mega.critic.model import ValueModel, build_value_chunks, fill_head
@@ -24,6 +21,7 @@ from grpo_mega.engine.model import unwrap
 from grpo_mega.engine.optimizer import Update, apply_update, build_optimizer, wrap_data_parallel
 from grpo_mega.engine.parallel import Layout, broadcast_object
 from grpo_mega.engine.policy import LossTerms
+from grpo_mega.engine.schedule import begin_update, run_schedule, use_global_denominators
 from grpo_mega.monitor.metrics import Metrics, merge, reduce
 from grpo_mega.recipe.blocks import ModelBlock, TrainBlock
 from grpo_mega.recipe.critic_block import CriticBlock
@@ -57,8 +55,7 @@ class CriticEngine:
         self.chunks = wrap_data_parallel(self.config, bare)
         own = {"lr": critic.lr, "weight_decay": critic.weight_decay, "grad_clip": critic.grad_clip}
         self.optimizer = build_optimizer(train.model_copy(update=own), self.config, self.chunks)
-        self.config.finalize_model_grads_func = _finalize_with_global_denominators
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        use_global_denominators(self.config, self.optimizer)
 
     def weights_changed(self) -> None:
         """Call after writing parameters from outside: the optimizer keeps float32 copies of them."""
@@ -104,10 +101,7 @@ class CriticEngine:
     ) -> tuple[Metrics, Update]:
         """One optimizer step over micro-batches; their losses add up. Metrics are this rank's, and only the
         last stage has any. `grad_clip` None: the recipe's."""
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        begin_update(self.chunks, self.optimizer)
         results = self._run(micro_batches, lambda index, values_T: loss(values_T, index), keep=False)
         self._clip_at(self._block.grad_clip if grad_clip is None else grad_clip)
         return merge(results), apply_update(self.optimizer, lr)
@@ -135,33 +129,10 @@ class CriticEngine:
         """On the last stage, of each micro-batch: its metrics, or its values_T where they are kept, which
         needs no backward pass."""
 
-        def consume(index: int, values_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Any]:
+        def consume(index: int, values_T: torch.Tensor) -> tuple[torch.Tensor, Any]:
             terms = loss(index, values_T)
-            no_tokens = torch.zeros((), dtype=torch.int, device=values_T.device)
-            return terms.loss, no_tokens, values_T if keep else terms.metrics
+            return terms.loss, values_T if keep else terms.metrics
 
-        def forward_step(
-            batches: Iterator[tuple[int, PackedBatch]], chunk: torch.nn.Module
-        ) -> tuple[torch.Tensor, Any]:
-            index, batch = next(batches)
-            return chunk(batch), partial(consume, index)
-
-        chunks: list[Any] = list(self.chunks)
-        iterators: list[Any] = [iter(enumerate(micro_batches)) for _ in chunks]
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=iterators if len(chunks) > 1 else iterators[0],
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens_T.shape[0],
-            micro_batch_size=1,
-            forward_only=keep,
+        return run_schedule(
+            self.chunks, micro_batches, lambda chunk, batch: chunk(batch), consume, forward_only=keep
         )
-
-
-def _finalize_with_global_denominators(
-    chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any
-) -> None:
-    """Losses arrive divided by their global denominators: gradients are summed, and not divided by a token
-    count again."""
-    finalize_model_grads(chunks, None, **kwargs)

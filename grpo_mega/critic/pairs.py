@@ -27,10 +27,10 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
+from grpo_mega.batching import deal
 from grpo_mega.critic.scores import ScoredBatch, ScoreKind, counted, scored
-from grpo_mega.data.packing import pack, plan_batch
+from grpo_mega.data.packing import pack
 from grpo_mega.engine.device import device
-from grpo_mega.engine.exchange import exchange, gather_lengths
 from grpo_mega.engine.parallel import Layout
 from grpo_mega.types import TrainSequence
 
@@ -114,24 +114,16 @@ def distribute_pairs(
     gathered: list[list[_Entry]] = [[] for _ in range(dist.get_world_size())]
     dist.all_gather_object(gathered, mine)
     entries = sorted((entry for part in gathered for entry in part), key=lambda entry: entry.place)
-    lengths = gather_lengths(sequences)
-    plan = plan_batch(
-        lengths.total,
-        layout.dp_size,
-        micro_batch_tokens,
-        micro_batch_multiple=layout.micro_batch_multiple,
-        length_multiple=layout.length_multiple,
-    )
-    held = exchange(sequences, plan.rank_of, layout.dp_rank_of_rank)
-    index_of = {order: index for index, order in enumerate(sorted(lengths.total))}
+    dealt = deal(sequences, layout, micro_batch_tokens)
+    index_of = {order: index for index, order in enumerate(sorted(dealt.lengths.total))}
     batches = [
         scored(
-            pack([held[order] for order in orders], plan.padded_length, device()),
-            [index_of[order] for order in orders],
+            pack(bin_, dealt.padded_length, device()),
+            [index_of[sequence.order] for sequence in bin_],
             eos_ids,
             kind,
         )
-        for orders in plan.bins[layout.dp_rank]
+        for bin_ in dealt.bins
     ]
     lengths_N = torch.ones(len(index_of), dtype=torch.float64)
     for entry in entries:
@@ -144,7 +136,7 @@ def distribute_pairs(
         student_P=_on_device([index_of[entry.student] for entry in entries], torch.int64),
         identical_P=_on_device([entry.identical for entry in entries], torch.bool),
         lengths_N=lengths_N.to(device()),
-        tokens=sum(lengths.total.values()),
+        tokens=sum(dealt.lengths.total.values()),
     )
 
 

@@ -13,14 +13,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.distributed import finalize_model_grads
-from megatron.core.pipeline_parallel import get_forward_backward_func
 from transformers import PretrainedConfig
 
 from grpo_mega.engine.device import device
 from grpo_mega.engine.model import build_chunks
 from grpo_mega.engine.optimizer import Update, apply_update, build_optimizer, wrap_data_parallel
 from grpo_mega.engine.parallel import Layout, broadcast_object
+from grpo_mega.engine.schedule import begin_update, run_schedule, use_global_denominators
 from grpo_mega.kernels.implementation import Implementation
 from grpo_mega.monitor.metrics import Metrics, merge, reduce
 from grpo_mega.recipe.blocks import ModelBlock, TrainBlock
@@ -70,8 +69,7 @@ class PolicyEngine:
         self.chunks = wrap_data_parallel(self.config, bare)
         self._train = train
         self.optimizer = build_optimizer(train, self.config, self.chunks)
-        self.config.finalize_model_grads_func = _finalize_with_global_denominators
-        self.config.grad_scale_func = self.optimizer.scale_loss
+        use_global_denominators(self.config, self.optimizer)
 
     def weights_changed(self) -> None:
         """Call after writing parameters from outside: the optimizer keeps float32 copies of them."""
@@ -85,10 +83,7 @@ class PolicyEngine:
         temperature: float = 1.0,
     ) -> tuple[Metrics, Update]:
         """One optimizer step over micro-batches. Metrics are this rank's, and only the last stage has any."""
-        for chunk in self.chunks:
-            chunk.train()
-            chunk.zero_grad_buffer()
-        self.optimizer.zero_grad()
+        begin_update(self.chunks, self.optimizer)
         results = self._run(micro_batches, temperature, partial(_loss_of, loss_function), forward_only=False)
         update = apply_update(self.optimizer, lr)
         return merge(results), update
@@ -102,22 +97,15 @@ class PolicyEngine:
         self,
         micro_batches: Sequence[PackedBatch],
         temperature: float,
-        consume: Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, torch.Tensor, Any]],
+        consume: Callable[[PackedBatch, torch.Tensor], tuple[torch.Tensor, Any]],
         *,
         forward_only: bool,
     ) -> list[Any]:
-        def forward_step(batches: Iterator[PackedBatch], chunk: torch.nn.Module) -> tuple[torch.Tensor, Any]:
-            batch = next(batches)
-            return chunk(batch, temperature), partial(consume, batch)
-
-        chunks = self.chunks
-        return get_forward_backward_func()(
-            forward_step_func=forward_step,
-            data_iterator=[iter(micro_batches) for _ in chunks] if len(chunks) > 1 else iter(micro_batches),
-            model=chunks if len(chunks) > 1 else chunks[0],
-            num_microbatches=len(micro_batches),
-            seq_length=micro_batches[0].tokens_T.shape[0],
-            micro_batch_size=1,
+        return run_schedule(
+            self.chunks,
+            micro_batches,
+            lambda chunk, batch: chunk(batch, temperature),
+            lambda index, output: consume(micro_batches[index], output),
             forward_only=forward_only,
         )
 
@@ -160,14 +148,6 @@ class PolicyEngine:
                 yield f"{index}.{name}", parameter
 
 
-def _finalize_with_global_denominators(
-    chunks: list[torch.nn.Module], num_tokens: Any = None, **kwargs: Any
-) -> None:
-    """Losses arrive divided by their global denominators: gradients are summed, and not divided by a token
-    count again."""
-    finalize_model_grads(chunks, None, **kwargs)
-
-
 def at_own_token(predicted_T: torch.Tensor) -> torch.Tensor:
     """Shift log-probs from the position that predicts to the token that is predicted."""
     return torch.roll(predicted_T, 1)
@@ -179,14 +159,10 @@ def _outputs(output: torch.Tensor) -> TokenOutputs:
 
 def _loss_of(
     loss_function: LossFunction, batch: PackedBatch, output: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, Metrics]:
+) -> tuple[torch.Tensor, Metrics]:
     terms = loss_function(_outputs(output), batch)
-    return terms.loss, _no_token_count(output), terms.metrics
+    return terms.loss, terms.metrics
 
 
-def _logprobs_of(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    return output.sum(), _no_token_count(output), _outputs(output).logprobs_T
-
-
-def _no_token_count(output: torch.Tensor) -> torch.Tensor:
-    return torch.zeros((), dtype=torch.int, device=output.device)
+def _logprobs_of(batch: PackedBatch, output: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return output.sum(), _outputs(output).logprobs_T

@@ -23,13 +23,14 @@ LAYERS = (
     ("plan",),
     ("kernels", "monitor.metrics"),  # the vocabulary of metrics is below those who measure
     ("algo",),
-    ("data", "reward", "rollout", "engine", "sync", "monitor", "critic"),
+    ("data", "reward", "rollout", "engine", "sync", "monitor"),
+    ("batching",),
+    ("critic",),
     (
         "launch",
         "evaluation",
         "inference_callback",
         "curriculum",
-        "batching",
         "data_quality",
         "inputs",
         "certify",
@@ -56,9 +57,6 @@ LAYERS = (
 SIDEWAYS = {
     ("sync", "engine"),
     ("rollout", "sync"),
-    ("critic", "engine"),
-    ("critic", "data"),
-    ("critic", "monitor"),
 }
 TORCH_FREE = (
     "errors",
