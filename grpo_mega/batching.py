@@ -51,5 +51,5 @@ def distribute(
     """This rank's micro-batches of an update, and its global denominators. A collective."""
     dealt = deal(sequences, layout, micro_batch_tokens)
     batches = [pack(bin_, dealt.padded_length, device()) for bin_ in dealt.bins]
-    counts = dealt.lengths.response.values()
+    counts = dealt.lengths.trained.values()
     return batches, Denominators(tokens=sum(counts), sequences=sum(count > 0 for count in counts))

@@ -129,6 +129,7 @@ def to_train_sequences(
             prompt_length=len(prompt.token_ids),
             sampler_logprobs=np.array(sample.sampler_logprobs, np.float32),
             advantage=float(value),
+            trained=None if sample.chosen is None else np.array(sample.chosen, bool),
         )
         for order, (prompt, sample), value, reward in zip(
             rollouts.orders, pairs, values, rewards, strict=True

@@ -18,6 +18,7 @@ from grpo_mega.recipe.curriculum_block import CurriculumBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.reward.assembly import RewardAssembly
 from grpo_mega.rollout.sampling import SamplingParams
+from grpo_mega.rollout.turns import Generate, load_generate
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Inputs:
             self.eval_problems.prompt(0)
         self.check_curriculum(self.recipe.curriculum)
         assert self.rewards and self.sampling
+        assert self.generate or not self.recipe.rollout.generate
 
     def check_curriculum(self, curriculum: CurriculumBlock) -> None:
         """Every stage has problems: said now, not when the run gets there."""
@@ -101,6 +103,12 @@ class Inputs:
     @cached_property
     def eval_problems(self) -> PromptStream:
         return self.eval_prompts()
+
+    @cached_property
+    def generate(self) -> Generate | None:
+        """The user's function that makes a sample of several turns."""
+        path = self.recipe.rollout.generate
+        return None if path is None else load_generate(path)
 
     @cached_property
     def sampling(self) -> SamplingParams:

@@ -92,8 +92,10 @@ class Parts:
             rank = Rank(self.layout.rank, self.layout.world_size)
             no_checksums = has_gpu() or rollout.sglang.tp > 1  # of parts, while they stream past
             probe = self.probe if no_checksums else None
-            return SglangEngine(rollout, facts, self.run_dir, rank, probe, self.recipe.seed)
-        return LocalEngine(self.hf, tokenizer, DTYPES[dtype], device(), rollout.prompts_per_batch)
+            function = self.inputs.generate
+            return SglangEngine(rollout, facts, self.run_dir, rank, probe, self.recipe.seed, function)
+        batch = rollout.prompts_per_batch
+        return LocalEngine(self.hf, tokenizer, DTYPES[dtype], device(), batch, self.inputs.generate)
 
     @cached_property
     def policy_loss(self) -> PolicyLoss:

@@ -53,6 +53,6 @@ def _sample_stage(parts: Parts, journal: Journal, stage: Stage, index: int, befo
                 sequences, metrics = weighed(parts, rollouts, scores, {})
             with watch.phase("dump"):
                 keep(parts, rollouts, scores)
-            tokens = float(sum(sequence.response_length for sequence in sequences))
+            tokens = float(sum(sequence.trained_length for sequence in sequences))
             report = StepReport(before + step + 1, stage.kind, {**metrics, **watch.metrics(tokens)})
             journal.step(report, step + 1, [])

@@ -170,7 +170,7 @@ def grpo_step(
     if adversary and judged:
         with watch.phase("critic"):
             reported |= adversary.learn(judged)
-    tokens = moved.tokens or float(sum(sequence.response_length for sequence in sequences))
+    tokens = moved.tokens or float(sum(sequence.trained_length for sequence in sequences))
     metrics = {**reported, **moved.metrics, **watch.metrics(tokens)}
     return PolicyStep(metrics, moved.suspects, moved.skipped, histograms)
 

@@ -42,10 +42,12 @@ class Sample:
 
     uid: str  # prompt uid + "/" + rollout index
     rollout_index: int
-    response_ids: tuple[int, ...]  # ends with the stop token when finish_reason is "stop"
+    response_ids: tuple[int, ...]  # ends with the stop token, if there was one
     sampler_logprobs: tuple[float, ...]  # log-probability under the distribution that was sampled from
     text: str
     finish_reason: FinishReason
+    chosen: tuple[bool, ...] | None = None  # which tokens the policy chose; None: all. The others, a tool's
+    # or an environment's, have log-prob 0 and no part in the loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +88,7 @@ class TrainSequence:
     sampler_logprobs: np.ndarray  # one per response token, float32; empty in supervised stages
     advantage: float = 0.0  # over its group
     reward: float = 0.0  # what its sample earned
+    trained: np.ndarray | None = None  # one bool per response token; None: the loss looks at all of them
 
     @property
     def length(self) -> int:
@@ -94,6 +97,11 @@ class TrainSequence:
     @property
     def response_length(self) -> int:
         return self.length - self.prompt_length
+
+    @property
+    def trained_length(self) -> int:
+        """Response tokens in the loss: what it is divided by."""
+        return self.response_length if self.trained is None else int(self.trained.sum())
 
 
 @dataclass(frozen=True, slots=True)

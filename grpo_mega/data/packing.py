@@ -106,7 +106,7 @@ def pack(sequences: Sequence[TrainSequence], padded_length: int, device: torch.d
         tokens_T[start:stop] = sequence.token_ids
         targets_T[start : stop - 1] = sequence.token_ids[1:]
         positions_T[start:stop] = np.arange(sequence.length)
-        mask_T[start + sequence.prompt_length : stop] = True
+        mask_T[start + sequence.prompt_length : stop] = True if sequence.trained is None else sequence.trained
         if sequence.sampler_logprobs.size:
             logprobs_T[start + sequence.prompt_length : stop] = sequence.sampler_logprobs
         boundaries.append(stop)

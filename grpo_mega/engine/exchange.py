@@ -13,7 +13,7 @@ import torch.distributed as dist
 from grpo_mega.engine.device import device
 from grpo_mega.types import TrainSequence
 
-_WHOLE = 5  # order, prompt length, total length, number of log-probs, bytes of the uid
+_WHOLE = 6  # order, prompt length, total length, number of log-probs, bytes of the uid, entries of the mask
 _HEADER = _WHOLE + 2  # advantage, reward
 
 
@@ -22,12 +22,12 @@ class Lengths:
     """Of every sequence of an update, on any rank, by order."""
 
     total: dict[int, int]
-    response: dict[int, int]
+    trained: dict[int, int]  # tokens in the loss
 
 
 def gather_lengths(sequences: Sequence[TrainSequence]) -> Lengths:
     """A collective over all ranks: what the batch plan and the global denominators are computed from."""
-    mine = np.array([(s.order, s.length, s.response_length) for s in sequences], np.int64).reshape(-1, 3)
+    mine = np.array([(s.order, s.length, s.trained_length) for s in sequences], np.int64).reshape(-1, 3)
     parts: list[np.ndarray] = [mine] * dist.get_world_size()
     dist.all_gather_object(parts, mine)
     rows = np.concatenate(parts).tolist()
@@ -60,13 +60,15 @@ def exchange(
 def _encode(sequence: TrainSequence) -> np.ndarray:
     logprobs = sequence.sampler_logprobs
     uid = np.frombuffer(sequence.uid.encode(), np.uint8)
-    header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, uid.size)
+    trained = np.empty(0, bool) if sequence.trained is None else sequence.trained
+    header = (sequence.order, sequence.prompt_length, sequence.length, logprobs.size, uid.size, trained.size)
     return np.concatenate(
         [
             np.array((*header, sequence.advantage, sequence.reward), np.float64),
             uid,
             sequence.token_ids,
             logprobs,
+            trained,
         ],
         dtype=np.float64,
     )
@@ -76,18 +78,20 @@ def _decode(buffer: np.ndarray) -> dict[int, TrainSequence]:
     sequences, at = {}, 0
     while at < len(buffer):
         header = (int(number) for number in buffer[at : at + _WHOLE])
-        order, prompt_length, length, logprobs, uid_bytes = header
+        order, prompt_length, length, logprobs, uid_bytes, trained = header
         uid = at + _HEADER
         tokens = uid + uid_bytes
-        end = tokens + length + logprobs
+        mask = tokens + length + logprobs
+        end = mask + trained
         sequences[order] = TrainSequence(
             order=order,
             uid=buffer[uid:tokens].astype(np.uint8).tobytes().decode(),
             token_ids=buffer[tokens : tokens + length].astype(np.int64),
             prompt_length=prompt_length,
-            sampler_logprobs=buffer[tokens + length : end].astype(np.float32),
+            sampler_logprobs=buffer[tokens + length : mask].astype(np.float32),
             advantage=float(buffer[at + _WHOLE]),
             reward=float(buffer[at + _WHOLE + 1]),
+            trained=buffer[mask:end].astype(bool) if trained else None,
         )
         at = end
     return sequences

@@ -85,6 +85,9 @@ class RolloutBlock(Block):
     prompts_per_batch: Positive = 8
     """local: prompts generated together. Fixed for any number of ranks: samples do not depend on the
     layout."""
+    generate: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
+    """module:function, an `async def generate(sample, client)` that makes a sample of several turns; null:
+    one turn. See docs/rollouts.md."""
     max_staleness: NotNegative = 0
     """Policy versions a sample may lie behind; both engines are synchronous: 0."""
 

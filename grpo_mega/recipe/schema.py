@@ -52,6 +52,15 @@ class Recipe(Block):
     wandb: WandbBlock = WandbBlock()
 
     @model_validator(mode="after")
+    def a_value_model_reads_one_turn(self) -> Recipe:
+        if self.rollout.generate is not None and self.critic.kind == "value":
+            raise ValueError(
+                "rollout.generate masks what the policy was told, and critic.kind value gives each token an "
+                "advantage: take one of them"
+            )
+        return self
+
+    @model_validator(mode="after")
     def updates_divide_groups(self) -> Recipe:
         if self.rollout.prompts_per_step % self.train.updates_per_batch:
             raise ValueError(

@@ -151,7 +151,7 @@ class SglangClient:
 
         async def work() -> None:
             while waiting:
-                accept(await self._answer(waiting.popleft(), version))
+                accept(await self.answer(waiting.popleft(), version))
 
         workers = [asyncio.create_task(work()) for _ in range(min(self.concurrency, len(asks)))]
         try:
@@ -160,15 +160,16 @@ class SglangClient:
             for worker in workers:
                 worker.cancel()
             await asyncio.gather(*workers, return_exceptions=True)
-            await self._finish_background()
+            await self.finish_background()
 
     async def close(self) -> None:
-        await self._finish_background()
+        await self.finish_background()
         if self._http is not None:
             await self._http.aclose()
             self._http = None
 
-    async def _answer(self, ask: Ask, version: str | None) -> Completion:
+    async def answer(self, ask: Ask, version: str | None) -> Completion:
+        """One sample, with as many attempts as it takes. Who calls this bounds how many are in flight."""
         trouble = ""
         for attempt in range(self.patience.retries + 1):
             server = await self._pick(version)
@@ -264,7 +265,7 @@ class SglangClient:
         self._background.add(task)
         task.add_done_callback(self._background.discard)
 
-    async def _finish_background(self) -> None:
+    async def finish_background(self) -> None:
         """Each piece of background work has its own short limit."""
         await asyncio.gather(*self._background, return_exceptions=True)
 

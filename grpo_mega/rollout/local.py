@@ -6,15 +6,20 @@ server.
 
 from __future__ import annotations
 
+import asyncio
 import re
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, DynamicCache, PretrainedConfig, PreTrainedTokenizerBase
 
+from grpo_mega.rollout.client import Ask, Completion
 from grpo_mega.rollout.sampling import SamplingParams, choose, uniforms
+from grpo_mega.rollout.turns import Draft, Generate, Rounds, converse
 from grpo_mega.types import Group, Prompt, Sample
 
 _EXPERT = re.compile(r"(.+\.experts)\.(\d+)\.(gate|up|down)_proj\.weight")
@@ -38,6 +43,7 @@ class LocalEngine:
         dtype: torch.dtype,
         device: torch.device,
         prompts_per_batch: int,
+        function: Generate | None = None,
     ):
         with torch.device(device):
             model = AutoModelForCausalLM.from_config(hf, dtype=dtype, attn_implementation="sdpa")
@@ -45,6 +51,7 @@ class LocalEngine:
         self._tokenizer: Any = tokenizer
         self._device = device
         self._prompts_per_batch = prompts_per_batch
+        self._function = function  # of samples of several turns
         self._places = dict(self._model.state_dict(keep_vars=True))
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -81,11 +88,57 @@ class LocalEngine:
         groups: list[Group] = []
         for first in range(0, len(prompts), self._prompts_per_batch):
             batch = prompts[first : first + self._prompts_per_batch]
-            with torch.inference_mode():
-                groups += self._generate_batch(batch, group_size, params, seed)
+            generate = self._generate_batch if self._function is None else self._converse
+            groups += generate(batch, group_size, params, seed)
             if advance:
                 advance(len(batch))
         return groups
+
+    def _converse(
+        self, prompts: Sequence[Prompt], group_size: int, params: SamplingParams, seed: int
+    ) -> list[Group]:
+        """Turn after turn, all samples of the batch together; each turn reads its sample from the start."""
+        assert self._function is not None
+        drafts = [
+            Draft(prompt, f"{prompt.uid}/{index}", index, params, seed, self._tokenizer)
+            for prompt in prompts
+            for index in range(group_size)
+        ]
+        rounds = Rounds(partial(self._answer, seed), len(drafts))
+        done: dict[str, Sample] = {}
+
+        def accept(sample: Sample) -> None:
+            done[sample.uid] = sample
+            rounds.over()
+
+        asyncio.run(converse(self._function, drafts, rounds.answer, accept))
+        made = (done[draft.uid] for draft in drafts)
+        return [Group(prompt, tuple(next(made) for _ in range(group_size))) for prompt in prompts]
+
+    def _answer(self, seed: int, asks: list[Ask]) -> list[Completion]:
+        """Asks with the same stop tokens share a batch, as long as the longest of them."""
+        answers: dict[str, Completion] = {}
+        for stop_ids in sorted({tuple(sorted(ask.params.stop_ids)) for ask in asks}):
+            batch = [ask for ask in asks if tuple(sorted(ask.params.stop_ids)) == stop_ids]
+            limits = [ask.params.max_new_tokens for ask in batch]
+            params = replace(batch[0].params, max_new_tokens=max(limits))
+            prompts = [Prompt(ask.uid, 0, "", ask.token_ids, "") for ask in batch]
+            random = np.stack([uniforms(seed, ask.uid, params.max_new_tokens) for ask in batch])
+            tokens, logprobs, lengths = self._decode(
+                prompts, 1, params, torch.from_numpy(random).to(self._device)
+            )
+            for row, (ask, limit) in enumerate(zip(batch, limits, strict=True)):
+                length = min(int(lengths[row]), limit)
+                ids = tuple(tokens[row, :length].tolist())
+                answers[ask.uid] = Completion(
+                    uid=ask.uid,
+                    token_ids=ids,
+                    logprobs=tuple(logprobs[row, :length].tolist()),
+                    finish_reason="stop" if ids[-1] in params.stop_ids else "length",
+                    versions=(),
+                    attempts=1,
+                )
+        return [answers[ask.uid] for ask in asks]
 
     def _generate_batch(
         self, prompts: Sequence[Prompt], group_size: int, params: SamplingParams, seed: int
@@ -121,6 +174,7 @@ class LocalEngine:
             finish_reason="stop" if stopped else "length",
         )
 
+    @torch.inference_mode()
     def _decode(
         self, prompts: Sequence[Prompt], group_size: int, params: SamplingParams, random: torch.Tensor
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

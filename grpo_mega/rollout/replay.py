@@ -36,6 +36,7 @@ _SCHEMA = pa.schema(
         ("response_ids", pa.list_(pa.int32())),
         ("sampler_logprobs", pa.list_(pa.float32())),  # what training reads; servers tell them as such
         ("finish_reason", pa.string()),
+        ("chosen", pa.list_(pa.bool_())),  # null: the policy chose every token
         # Null where the stage gives no reward. The score of a critic is none of these: it follows from them.
         ("reward", pa.float64()),
         ("components", pa.map_(pa.string(), pa.float64())),
@@ -183,6 +184,7 @@ def _rows(kept: KeptRollouts) -> Iterator[dict[str, Any]]:
                 "response_ids": sample.response_ids,
                 "sampler_logprobs": sample.sampler_logprobs,
                 "finish_reason": sample.finish_reason,
+                "chosen": sample.chosen,
             }
             if kept.scores is not None:
                 score = kept.scores[number][index]
@@ -265,6 +267,7 @@ def _sample(row: dict[str, Any]) -> Sample:
         sampler_logprobs=tuple(row["sampler_logprobs"]),
         text=row["response"],
         finish_reason=row["finish_reason"],
+        chosen=None if row["chosen"] is None else tuple(row["chosen"]),
     )
 
 

@@ -31,6 +31,12 @@ def uniforms(seed: int, uid: str, count: int) -> np.ndarray:
     return np.random.Generator(np.random.Philox(key=int.from_bytes(key, "little"))).random(count)
 
 
+def sample_seed(seed: int, uid: str) -> int:
+    """63 bits that depend on the run's seed and the sample's uid alone, like the local engine's numbers."""
+    key = hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest()
+    return int.from_bytes(key, "little") >> 1
+
+
 def choose(
     logits_NV: torch.Tensor, uniform_N: torch.Tensor, params: SamplingParams
 ) -> tuple[torch.Tensor, torch.Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import atexit
-import hashlib
 import math
 import os
 import time
@@ -20,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +32,7 @@ from grpo_mega.rollout.client import Ask, Completion, Patience, ServersGone, Sgl
 from grpo_mega.rollout.managed import describe_model, server_pool
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.rollout.server import ServerPool, free_port
+from grpo_mega.rollout.turns import Draft, Generate, converse
 from grpo_mega.sync.proof import Probe, Proof
 from grpo_mega.sync.servers import ControlPlane, SyncFailed
 from grpo_mega.sync.transport import (
@@ -101,6 +101,7 @@ class SglangEngine:
     rank: Rank = Rank()
     probe: Callable[[], Probe] | None = None  # a collective; where checksums cannot be compared
     seed: int = 0
+    function: Generate | None = None  # of samples of several turns
     report: SyncReport | None = field(default=None, init=False)  # of the last sync
     _pool: ServerPool | None = field(default=None, init=False)
     _urls: tuple[str, ...] = field(default=(), init=False)
@@ -250,17 +251,20 @@ class SglangEngine:
     ) -> list[Group]:
         """A group for each prompt, in order. All ranks call it: should the servers need the weights again,
         all send them."""
-        asks = {
-            (uid := f"{prompt.uid}/{index}"): Ask(uid, prompt.token_ids, params, sample_seed(seed, uid))
-            for prompt in prompts
-            for index in range(group_size)
-        }
-        done: dict[str, Completion] = {}
+        done: dict[str, Sample] = {}
         for _ in range(self.block.sglang.retries + 1):
-            missing = [ask for uid, ask in asks.items() if uid not in done]
-            trouble = self.rank.first_trouble(self._complete(missing, done, group_size, advance))
+            missing = [
+                Draft(prompt, uid, index, params, seed, self.model.tokenizer)
+                for prompt in prompts
+                for index in range(group_size)
+                if (uid := f"{prompt.uid}/{index}") not in done
+            ]
+            trouble = self.rank.first_trouble(self._complete(missing, done, advance))
             if trouble is None:
-                return [self._group(prompt, group_size, done) for prompt in prompts]
+                return [
+                    Group(prompt, tuple(done[f"{prompt.uid}/{index}"] for index in range(group_size)))
+                    for prompt in prompts
+                ]
             self._recover(trouble)
         raise UserError(
             f"the servers were lost again and again: {trouble}",
@@ -271,9 +275,8 @@ class SglangEngine:
 
     def _complete(
         self,
-        asks: Sequence[Ask],
-        done: dict[str, Completion],
-        group_size: int,
+        drafts: Sequence[Draft],
+        done: dict[str, Sample],
         advance: Callable[[int], None] | None,
     ) -> str | None:
         """Trouble, when no server was left."""
@@ -285,20 +288,19 @@ class SglangEngine:
                 remedy="sync the weights first; after a failed sync, see its message",
             )
         left = {}  # samples of a group still missing, by prompt
-        for ask in asks:
-            prompt_uid = ask.uid.rpartition("/")[0]
-            left[prompt_uid] = left.get(prompt_uid, 0) + 1
+        for draft in drafts:
+            left[draft.prompt.uid] = left.get(draft.prompt.uid, 0) + 1
 
-        def accept(completion: Completion) -> None:
-            assert completion.uid not in done, f"{completion.uid} was sampled twice"
-            done[completion.uid] = completion
-            prompt_uid = completion.uid.rpartition("/")[0]
+        def accept(sample: Sample) -> None:
+            assert sample.uid not in done, f"{sample.uid} was sampled twice"
+            done[sample.uid] = sample
+            prompt_uid = sample.uid.rpartition("/")[0]
             left[prompt_uid] -= 1
             if advance and not left[prompt_uid]:
                 advance(1)
 
         try:
-            self._loop.run(self._client.complete(asks, self._version, accept))
+            self._loop.run(self._ask_all(self._client, self._version, drafts, accept))
         except ServersGone as gone:
             return str(gone)
         return None
@@ -313,22 +315,33 @@ class SglangEngine:
             )
         self._load(self._tensors, thoroughly=True)
 
-    def _group(self, prompt: Prompt, group_size: int, done: dict[str, Completion]) -> Group:
-        samples = (self._sample(done[f"{prompt.uid}/{index}"], index) for index in range(group_size))
-        return Group(prompt, tuple(samples))
+    async def _ask_all(
+        self,
+        client: SglangClient,
+        version: str,
+        drafts: Sequence[Draft],
+        accept: Callable[[Sample], None],
+    ) -> None:
+        if self.function is not None:
+            gate = asyncio.Semaphore(client.concurrency)
 
-    def _sample(self, completion: Completion, index: int) -> Sample:
-        ids = completion.token_ids
-        visible = list(ids[:-1] if completion.finish_reason == "stop" else ids)
-        tokenizer: Any = self.model.tokenizer
-        return Sample(
-            uid=completion.uid,
-            rollout_index=index,
-            response_ids=ids,
-            sampler_logprobs=completion.logprobs,
-            text=tokenizer.decode(visible, skip_special_tokens=True),
-            finish_reason=completion.finish_reason,
-        )
+            async def answer(ask: Ask) -> Completion:
+                async with gate:
+                    return await client.answer(ask, version)
+
+            try:
+                return await converse(self.function, drafts, answer, accept)
+            finally:
+                await client.finish_background()
+        by_uid = {draft.uid: draft for draft in drafts}
+
+        def finish(completion: Completion) -> None:
+            draft = by_uid[completion.uid]
+            draft.said(completion)
+            accept(draft.sample())
+
+        asks = [draft.next_ask(frozenset(), draft.room) for draft in drafts]
+        return await client.complete(asks, version, finish)
 
     # ---- the end ----
 
@@ -346,9 +359,3 @@ class SglangEngine:
         if self._control is not None:
             self._control.close()
         self._client = self._loop = self._control = self._transport = None
-
-
-def sample_seed(seed: int, uid: str) -> int:
-    """63 bits that depend on the run's seed and the sample's uid alone, like the local engine's numbers."""
-    key = hashlib.blake2b(f"{seed}/{uid}".encode(), digest_size=8).digest()
-    return int.from_bytes(key, "little") >> 1

@@ -23,7 +23,15 @@ PROMPTS = [Prompt(f"train-{i}", i, f"prömpt {i}", tuple(range(i + 1)), str(i)) 
 
 def _sample(uid: str, index: int) -> Sample:
     logprobs = np.random.default_rng(index).normal(-3, 1, 3).astype(np.float32)
-    return Sample(f"{uid}/{index}", index, (4, 70_000, 1), tuple(logprobs.tolist()), "π\n\0 4", "stop")
+    return Sample(
+        f"{uid}/{index}",
+        index,
+        (4, 70_000, 1),
+        tuple(logprobs.tolist()),
+        "π\n\0 4",
+        "stop",
+        (True, False, True),
+    )
 
 
 def _score(place: int) -> Score:
