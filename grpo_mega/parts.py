@@ -163,6 +163,12 @@ class Parts:
         self.sampler.load(self.hf_tensors())
         return {}
 
+    def rest_sampler(self) -> None:
+        """Before training: servers on the same GPUs make room."""
+        colocated = self.recipe.rollout.sglang.colocate and self.replay is None
+        if colocated and isinstance(self.sampler, SglangEngine):
+            self.sampler.rest()
+
     def probe(self) -> Probe:
         """What the policy thinks of a made-up text, on every rank; a collective."""
         length = min(PROBE_TOKENS, self.hf.max_position_embeddings)

@@ -48,6 +48,7 @@ def sft_step(parts: Parts, prompts: PromptStream, batch_size: int, step: int, lr
     """Maximise the likelihood of the teacher's responses."""
     watch = Stopwatch()
     with watch.phase("data"):
+        parts.rest_sampler()
         batch = prompts.prompts_for_step(step, batch_size)
         mine = range(parts.layout.rank, len(batch), parts.layout.world_size)
         sequences = [_supervised(order, batch[order], prompts.teacher_tokens(batch[order])) for order in mine]
@@ -76,6 +77,7 @@ def warmup_step(
     watch = Stopwatch()
     with watch.phase("rollout"):
         rollouts = sample_groups(parts, prompts, stage_index, step, stage.samples)
+        parts.rest_sampler()
         keep(parts, rollouts, None)
     with watch.phase("critic"):
         metrics = adversary.learn(adversary.judge(rollouts, prompts))
@@ -145,6 +147,7 @@ def grpo_step(
     histograms: dict[str, list[float]] = {}
     with watch.phase("rollout"):
         rollouts = sample_groups(parts, prompts, stage_index, step, recipe.rollout.group_size)
+        parts.rest_sampler()
     with watch.phase("reward"):
         scores = given = score_groups(parts, rollouts)
         judged = adversary.judge(rollouts, prompts) if adversary else None

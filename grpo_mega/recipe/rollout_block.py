@@ -26,6 +26,9 @@ class SglangBlock(Block):
     """managed, and `grpo-mega serve`, as for the keys below that say managed: how many."""
     tp: Positive = 1
     """Tensor-parallel ranks of each server."""
+    colocate: bool = False
+    """The servers share GPUs with the trainer: they give their memory back while it trains, and take it again
+    with the next weights. Managed ones are started with --enable-memory-saver."""
     python: str | None = None
     """managed: the Python of the environment with sglang; null = environment GRPO_MEGA_SGLANG_PYTHON."""
     transport: Literal["disk", "tensor", "distributed"] = "disk"

@@ -43,6 +43,7 @@ def server_pool(
         on_gpu=on_gpu,
         host=host,
         tp=block.tp,
+        saves_memory=block.colocate,
         seed=seed,
         startup_seconds=block.startup_seconds,
         extra_args=block.extra_args,

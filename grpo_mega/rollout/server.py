@@ -67,6 +67,7 @@ class ServerSpec:
     on_gpu: bool
     host: str = LOOPBACK  # the address that it listens at
     tp: int = 1
+    saves_memory: bool = False  # can give it back
     cpu_threads: int = 1
     seed: int = 0
     startup_seconds: float = 300.0
@@ -83,6 +84,7 @@ class ServerSpec:
             *(("--base-gpu-id", str(index * self.tp)) if self.on_gpu else ()),
             *("--random-seed", str(self.seed + index)),
             "--skip-tokenizer-init",
+            *(("--enable-memory-saver",) if self.saves_memory and self.on_gpu else ()),
             *(() if self.on_gpu else _CPU_FLAGS),
             *self.extra_args,
         ]

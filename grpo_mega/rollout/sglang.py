@@ -111,6 +111,7 @@ class SglangEngine:
     _version: str | None = field(default=None, init=False)  # None: nothing is proved
     _tensors: Tensors | None = field(default=None, init=False)
     _syncs: int = field(default=0, init=False)
+    _asleep: set[str] = field(default_factory=set[str], init=False)  # servers whose memory was given back
     _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
     _loop: asyncio.Runner | None = field(default=None, init=False)
 
@@ -136,6 +137,35 @@ class SglangEngine:
         """Bring new weights to all servers. What can be iterated only once is tried only once."""
         self._load(tensors, thoroughly=False)
 
+    def rest(self) -> None:
+        """Where the servers share the trainer's GPUs: give their memory back until the next sync. All ranks
+        call it, when nobody samples any more."""
+        if not self.block.sglang.colocate or self._asleep:
+            return
+        trouble: str | None = None
+        if self.rank.is_lead and self._control is not None:
+            try:
+                self._control.post("flush_cache", {})  # refused while a request is left
+                self._control.post("release_memory_occupation", {})
+            except SyncFailed as failure:
+                trouble = str(failure)
+        trouble = self.rank.lead_says(trouble)
+        if trouble is not None:
+            raise UserError(
+                f"a server keeps its memory: {trouble}",
+                where="rollout.sglang.colocate",
+                law="servers on the trainer's GPUs give their memory back while it trains",
+                remedy="read the server's log; one that was started by hand needs --enable-memory-saver",
+            )
+        self._asleep = set(self._urls)
+        self._version = None
+
+    def _wake(self, control: ControlPlane) -> None:
+        """A server that was started again since has never slept."""
+        for url in self._asleep & set(self._urls):
+            control.call(url, "resume_memory_occupation", {})
+            self._asleep.discard(url)
+
     def _load(self, tensors: Tensors, *, thoroughly: bool) -> None:
         """`thoroughly`: look first whether servers that answer can also sample."""
         self._version = None
@@ -153,6 +183,7 @@ class SglangEngine:
             version = self.rank.lead_says(f"{self._token}-{self._syncs}")
             trouble, size = self.rank.lead_says(self._send(tensors, version, probe))
             if trouble is None:
+                self._asleep = set()
                 self.report = SyncReport(version, time.perf_counter() - began, size, attempt + 1)
                 self._version = version
                 return
@@ -173,6 +204,12 @@ class SglangEngine:
             return None, 0
         assert self._transport is not None and self._control is not None
         control = self._control
+        try:
+            self._wake(control)
+        except SyncFailed as failure:
+            for _ in stream:  # a collective: the other ranks must not wait for this one
+                pass
+            return str(failure), 0
         try:
             size = push(stream, version, self._transport, Proof(control, probe))
             control.post("update_weight_version", {"new_version": version, "abort_all_requests": False})
@@ -251,6 +288,8 @@ class SglangEngine:
     ) -> list[Group]:
         """A group for each prompt, in order. All ranks call it: should the servers need the weights again,
         all send them."""
+        if self._asleep and self._tensors is not None:
+            self.load(self._tensors)
         done: dict[str, Sample] = {}
         for _ in range(self.block.sglang.retries + 1):
             missing = [

@@ -69,6 +69,7 @@ class ControlPlane:
             answer = response.json()
         except ValueError:
             answer = {}  # some calls answer with a line of text
+        answer = {} if answer is None else answer  # and some with nothing
         if not isinstance(answer, dict) or answer.get("success") is False:
             raise SyncFailed(f"{url}/{path}: {response.text[:300]}")
         return answer
