@@ -16,13 +16,15 @@ import torch.distributed as dist
 from grpo_mega.algo.advantage import StepMoments, group_advantages, normalised
 from grpo_mega.data.stream import PromptStream
 from grpo_mega.engine.device import device
+from grpo_mega.errors import UserError
 from grpo_mega.monitor import histogram
 from grpo_mega.monitor.metrics import Metric, max_of, mean_of, min_of, reduce
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.blocks import AdvantageBlock
+from grpo_mega.recipe.rollout_block import Truncated
 from grpo_mega.reward.report import reward_report
 from grpo_mega.rollout.replay import KeptRollouts, Origin
-from grpo_mega.types import Group, Score, TrainSequence
+from grpo_mega.types import Group, Score, ScoredGroup, TrainSequence
 
 TEMPORARY = "temp_seq_"
 """How sequences are named whose samples came without a uid."""
@@ -81,45 +83,100 @@ def keep(parts: Parts, rollouts: Rollouts, scores: list[tuple[Score, ...]] | Non
         parts.dump.write(rollouts.origin, KeptRollouts(rollouts.places, rollouts.groups, scores))
 
 
+def counted_and_trained(group: Group, truncated: Truncated) -> tuple[np.ndarray, np.ndarray]:
+    """Of each sample: whether it counts in the group's mean, and whether it is trained on. A sample left
+    alone has nothing to be compared with."""
+    everything = np.ones(len(group.samples), bool)
+    if truncated == "keep":
+        return everything, everything
+    whole = np.array([sample.finish_reason != "length" for sample in group.samples])
+    if truncated == "mask":
+        return everything, whole
+    return (whole, whole) if whole.sum() > 1 else (~everything, ~everything)
+
+
 def weighed(
     parts: Parts,
     rollouts: Rollouts,
     scores: Sequence[tuple[Score, ...]],
     histograms: dict[str, list[float]],
+    sampled: Sequence[ScoredGroup] | None = None,
 ) -> tuple[list[TrainSequence], dict[str, float]]:
-    """Sequences with their advantages, and what is reported of samples and scores."""
-    advantages = step_advantages(scores, parts.recipe.advantage)
-    sequences = to_train_sequences(rollouts, scores, advantages)
+    """Sequences with their advantages, and what is reported of samples and scores: of all that were
+    `sampled`, where those are others."""
+    truncated = parts.recipe.rollout.truncated
+    chosen = [counted_and_trained(group, truncated) for group in rollouts.groups]
+    if truncated != "keep":
+        _require_some(sum(int(trained.sum()) for _, trained in chosen))
+    advantages = step_advantages(scores, [counted for counted, _ in chosen], parts.recipe.advantage)
+    sequences = to_train_sequences(rollouts, scores, advantages, [trained for _, trained in chosen])
     if unnamed := sum(sequence.uid.startswith(TEMPORARY) for sequence in sequences):
         parts.warn_of_missing_uids(unnamed)
-    rewards, metrics = parts.inputs.rewards, rollout_metrics(rollouts.groups, scores)
-    lengths_N = _numbers([len(sample.response_ids) for group in rollouts.groups for sample in group.samples])
+    if sampled is None:
+        return sequences, _reported(parts, rollouts.groups, scores, histograms)
+    groups, earned = [scored.group for scored in sampled], [scored.scores for scored in sampled]
+    return sequences, _reported(parts, groups, earned, histograms)
+
+
+def _reported(
+    parts: Parts,
+    groups: Sequence[Group],
+    scores: Sequence[tuple[Score, ...]],
+    histograms: dict[str, list[float]],
+) -> dict[str, float]:
+    rewards, metrics = parts.inputs.rewards, rollout_metrics(groups, scores)
+    lengths_N = _numbers([len(sample.response_ids) for group in groups for sample in group.samples])
     flat = [score for group in scores for score in group]
     metrics |= reward_report(flat, lengths_N, rewards.weights, rewards.formats)
     reported = reduce(metrics, dist.group.WORLD, histograms)
     _add_reward_std(reported)
-    return sequences, reported | component_means(scores, rewards.weights)
+    return reported | component_means(scores, rewards.weights)
 
 
-def step_advantages(scores: Sequence[tuple[Score, ...]], block: AdvantageBlock) -> list[np.ndarray]:
-    """Of every sample of this rank's groups; one estimator looks at all samples of the step, on all ranks."""
-    advantages = [group_advantages([score.total for score in group], block) for group in scores]
+def _require_some(trained: int) -> None:
+    everywhere = torch.tensor(trained, device=device())
+    dist.all_reduce(everywhere)
+    if not everywhere.item():
+        raise UserError(
+            "no sample of this step is left to train on: they were cut at max_new_tokens",
+            where="rollout.truncated",
+            law="drop and mask train on samples that ended by themselves",
+            remedy="raise rollout.max_new_tokens, or set rollout.truncated to keep",
+        )
+
+
+def step_advantages(
+    scores: Sequence[tuple[Score, ...]], counted: Sequence[np.ndarray], block: AdvantageBlock
+) -> list[np.ndarray]:
+    """Of every sample of this rank's groups, 0 where it does not count; one estimator looks at all samples of
+    the step, on all ranks."""
+    totals = [np.array([score.total for score in group], np.float64) for group in scores]
+    advantages = [np.zeros_like(values) for values in totals]
+    for values, all_G, counts_G in zip(advantages, totals, counted, strict=True):
+        if counts_G.any():
+            values[counts_G] = group_advantages(all_G[counts_G], block)
     if block.estimator != "reinforce_plus_plus":
         return advantages
-    mine = StepMoments.of(np.concatenate([np.empty(0), *advantages]))
+    mine = StepMoments.of(np.concatenate([np.empty(0), *map(np.extract, counted, advantages)]))
     sums = torch.tensor([mine.count, mine.total, mine.squares], dtype=torch.float64, device=device())
     dist.all_reduce(sums)
     moments = StepMoments(*sums.tolist())
-    return [normalised(values, moments, block) for values in advantages]
+    for values, counts_G in zip(advantages, counted, strict=True):
+        values[counts_G] = normalised(values[counts_G], moments, block)
+    return advantages
 
 
 def to_train_sequences(
-    rollouts: Rollouts, scores: Sequence[tuple[Score, ...]], advantages: Sequence[np.ndarray]
+    rollouts: Rollouts,
+    scores: Sequence[tuple[Score, ...]],
+    advantages: Sequence[np.ndarray],
+    trained: Sequence[np.ndarray],
 ) -> list[TrainSequence]:
-    """Samples with what they earned, and their advantages."""
+    """The samples that are trained on, with what they earned, and their advantages."""
     rewards = [score.total for group in scores for score in group]
-    pairs = ((group.prompt, sample) for group in rollouts.groups for sample in group.samples)
+    pairs = [(group.prompt, sample) for group in rollouts.groups for sample in group.samples]
     values = np.concatenate([np.empty(0), *advantages]).astype(np.float32)
+    wanted = np.concatenate([np.empty(0, bool), *trained])
     return [
         TrainSequence(
             order=order,
@@ -131,9 +188,10 @@ def to_train_sequences(
             advantage=float(value),
             trained=None if sample.chosen is None else np.array(sample.chosen, bool),
         )
-        for order, (prompt, sample), value, reward in zip(
-            rollouts.orders, pairs, values, rewards, strict=True
+        for order, (prompt, sample), value, reward, is_wanted in zip(
+            rollouts.orders, pairs, values, rewards, wanted, strict=True
         )
+        if is_wanted
     ]
 
 
@@ -186,5 +244,7 @@ def _numbers(values: Sequence[float | bool]) -> torch.Tensor:
 
 
 def _add_reward_std(metrics: dict[str, float]) -> None:
+    if "reward/mean_square" not in metrics:  # spare groups were enough: nothing was sampled
+        return
     square = metrics.pop("reward/mean_square")
     metrics["reward/std"] = math.sqrt(max(0.0, square - metrics["reward/mean"] ** 2))

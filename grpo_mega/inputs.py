@@ -55,7 +55,8 @@ class Inputs:
 
     @cached_property
     def rewards(self) -> RewardAssembly:
-        return RewardAssembly(self.recipe.reward, hidden=[self.recipe.run.dir])
+        recipe = self.recipe
+        return RewardAssembly(recipe.reward, [recipe.run.dir], recipe.rollout.max_new_tokens)
 
     def train_prompts(self, stage_index: int, selection: Selection | None = None) -> PromptStream:
         """Each stage goes through the training problems, or those selected, in an order of its own."""

@@ -64,6 +64,14 @@ class RolloutFiles:
                 law="nothing is trained",
                 remedy="remove the warmup and adversarial stages, and the reward discriminator",
             )
+        rollout = recipe.rollout
+        if (self.dump or self.replay) and (rollout.dynamic_sampling is not None or rollout.max_staleness):
+            raise UserError(
+                "a step trains on groups of other steps too",
+                where="rollout.dynamic_sampling" if rollout.dynamic_sampling else "rollout.max_staleness",
+                law="the prompts of a step that is kept follow from the recipe and the step alone",
+                remedy="set rollout.dynamic_sampling=null and rollout.max_staleness=0",
+            )
         samples = any(stage.samples_groups or stage.has_critic for stage in recipe.stages)
         if (self.dump or self.replay) and not samples:
             raise UserError(

@@ -9,19 +9,23 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from grpo_mega.adversary import Adversary
 from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.algo.objective import PolicyLoss
 from grpo_mega.algo.segments import batch_segments
 from grpo_mega.batching import distribute
-from grpo_mega.collect import keep, sample_groups, score_groups, weighed
+from grpo_mega.collect import keep, sample_groups, weighed
 from grpo_mega.data.stream import PromptStream
+from grpo_mega.draw import Begun, StepSource, draw_step
 from grpo_mega.drift import Suspect, drift_metrics, not_finite, probe
+from grpo_mega.engine.device import device
 from grpo_mega.engine.policy import LossFunction, LossTerms, TokenOutputs, Weights
 from grpo_mega.monitor.metrics import mean_of
 from grpo_mega.parts import Parts
 from grpo_mega.recipe.stage_blocks import WarmupStage
+from grpo_mega.rollout.scheduler import GroupScheduler
 from grpo_mega.types import PackedBatch, Prompt, TrainSequence
 from grpo_mega.value_critic import ValueCritic
 
@@ -134,33 +138,35 @@ def grpo_step(
     prompts: PromptStream,
     stage_index: int,
     step: int,
+    remaining: int,
     steering: Steering,
+    scheduler: GroupScheduler[Begun],
     critic: Adversary | ValueCritic | None = None,
 ) -> PolicyStep:
     """Sample groups, score them against each other, move the policy, hand the sampler its weights. With an
     adversary its score is part of the reward, and it learns from the same samples afterwards. A value critic
     gives every token its advantage, and learns from the same micro-batches."""
-    recipe, watch = parts.recipe, Stopwatch()
+    watch = Stopwatch()
     adversary = critic if isinstance(critic, Adversary) else None
     valuer = critic if isinstance(critic, ValueCritic) else None
     critic_only = critic is not None and step < critic.alone_for
     histograms: dict[str, list[float]] = {}
-    with watch.phase("rollout"):
-        rollouts = sample_groups(parts, prompts, stage_index, step, recipe.rollout.group_size)
-        parts.rest_sampler()
+    drawn = draw_step(StepSource(parts, prompts, stage_index, watch.phase), step, remaining, scheduler)
+    rollouts, given = drawn.rollouts, drawn.scores
+    parts.rest_sampler()
     with watch.phase("reward"):
-        scores = given = score_groups(parts, rollouts)
         judged = adversary.judge(rollouts, prompts) if adversary else None
-        if adversary and judged:
-            scores = adversary.rewarded(given, rollouts, judged)
-        sequences, reported = weighed(parts, rollouts, scores, histograms)
+        scores = adversary.rewarded(given, rollouts, judged) if adversary and judged else given
+        sampled = None if adversary else drawn.sampled
+        sequences, reported = weighed(parts, rollouts, scores, histograms, sampled)
+        reported |= drawn.metrics
     if parts.dump is not None:
         with watch.phase("dump"):
             keep(parts, rollouts, given)
     updates: list[PolicyBatch] = []
     if valuer or not critic_only:
         with watch.phase("train"):
-            updates = prepare_updates(parts, sequences, steering.reference)
+            updates = prepare_updates(parts, sequences, drawn.count, steering.reference)
     if valuer:
         with watch.phase("critic"):
             updates, valued = value_step(valuer, updates)
@@ -226,16 +232,18 @@ class PolicyBatch:
 
 
 def prepare_updates(
-    parts: Parts, sequences: Sequence[TrainSequence], reference: Weights | None
+    parts: Parts, sequences: Sequence[TrainSequence], groups: int, reference: Weights | None
 ) -> list[PolicyBatch]:
-    """Whole groups to each of the step's updates: a law of the recipe."""
+    """Whole groups to each of the step's updates, and only updates for which some rank has a sequence. The
+    step has so many `groups`, on all ranks."""
     recipe = parts.recipe
-    samples = recipe.rollout.prompts_per_step * recipe.rollout.group_size
-    per_update = samples // recipe.train.updates_per_batch
-    return [
-        prepare_update(parts, [s for s in sequences if first <= s.order < first + per_update], reference)
-        for first in range(0, samples, per_update)
-    ]
+    per_update = -(-groups // recipe.train.updates_per_batch) * recipe.rollout.group_size
+    firsts = range(0, groups * recipe.rollout.group_size, per_update)
+    shares = [[s for s in sequences if first <= s.order < first + per_update] for first in firsts]
+    counts = torch.tensor([len(share) for share in shares], device=device())
+    dist.all_reduce(counts)
+    wanted = zip(shares, counts.tolist(), strict=True)
+    return [prepare_update(parts, share, reference) for share, count in wanted if count]
 
 
 def value_step(

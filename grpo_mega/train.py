@@ -13,6 +13,7 @@ from grpo_mega.critic.engine import CriticEngine
 from grpo_mega.curriculum import Curriculum, state_from_json
 from grpo_mega.data.selection import Selection
 from grpo_mega.data.stream import PromptStream
+from grpo_mega.draw import Begun, states_of_ranks
 from grpo_mega.engine.checkpoint import load_checkpoint, load_weights, sound_checkpoint
 from grpo_mega.engine.optimizer import RateSchedule
 from grpo_mega.engine.parallel import shutdown
@@ -26,6 +27,7 @@ from grpo_mega.parts import NO_FILES, Parts, build
 from grpo_mega.preemption import REQUEUE_EXIT_CODE, Preemption
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.recipe.stage_blocks import Stage
+from grpo_mega.rollout.scheduler import GroupScheduler
 from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.steps import Steering, grpo_step, sft_step, warmup_step
 from grpo_mega.types import StepReport
@@ -105,6 +107,9 @@ class Trainer:
         self.watch = Watch(parts, self.journal, remembered.get("guard"))
         self.critic = self._critic(remembered.get("critic"))
         self.watchdog = watchdog
+        self.scheduler: GroupScheduler[Begun] = GroupScheduler(
+            self.recipe.rollout, parts.layout.rank, parts.layout.world_size
+        )
         self.in_band: int = remembered.get("in_band", 0)  # steps in a row that `until` has held
         self.evaluations = EvaluationHistory()
         if "evaluations" in remembered:
@@ -113,6 +118,8 @@ class Trainer:
         if self.recipe.curriculum.kind == "staged":
             where = remembered.get("curriculum")
             self.curriculum = Curriculum(self.recipe.curriculum, state_from_json(where) if where else None)
+        if "groups" in remembered:
+            self.scheduler.restore(remembered["groups"], *self._drawn_from)
 
     def _critic(self, state: Mapping[str, Any] | None) -> Adversary | ValueCritic | None:
         engine = self.parts.critic
@@ -177,6 +184,8 @@ class Trainer:
                 self.journal.step(report, self.state.stage_step, lines)
                 self.watchdog.tick()
                 last = step + 1 == total or self._is_over(stage, metrics)
+                if last:
+                    self.scheduler.stop()
                 self._evaluate_if_due(stage, last=last)
                 if last:  # also before its time: a resumed run then goes on with the next stage
                     self.state = replace(self.state, stage_step=total)
@@ -223,8 +232,12 @@ class Trainer:
             policy_loss=policy_loss,
             reference=self.reference if policy_loss.config.kl.coef else None,
         )
+        self.scheduler.turn_to(*self._drawn_from)
+        remaining = steps_of(self.recipe, stage) - step - 1
         critic = self.critic if self._has_critic(stage) else None
-        made = grpo_step(self.parts, prompts, self.state.stage_index, step, steering, critic)
+        index = self.state.stage_index
+        made = grpo_step(self.parts, prompts, index, step, remaining, steering, self.scheduler, critic)
+        self._tell_of_missing_groups(made.metrics)
         watched = self.watch.look(self.state.step, made)
         if self.state.step % HISTOGRAM_EVERY == 0:
             self.journal.histograms(self.state.step, made.histograms)
@@ -232,9 +245,22 @@ class Trainer:
             self.curriculum.after_step()
         return {**made.metrics, **watched}, policy_loss.step_lines(made.metrics)
 
+    def _tell_of_missing_groups(self, metrics: Mapping[str, float]) -> None:
+        missing = int(metrics.get("rollout/groups_missing", 0))
+        if missing:
+            rounds = int(metrics["rollout/extra_rounds"])
+            line = f"after {rounds} extra rounds {missing} groups are still missing: the step goes on without"
+            self.journal.say(f"step {self.state.step}: {line}")
+            self.journal.event("groups missing", self.state.step, line)
+
+    @property
+    def _drawn_from(self) -> tuple[int, Selection | None]:
+        """The stage and the curriculum's choice."""
+        return self.state.stage_index, self.curriculum.selection if self.curriculum else None
+
     def _prompts(self) -> PromptStream:
-        """Pure in the stage and the curriculum's choice: a step's prompts follow from its number."""
-        place = (self.state.stage_index, self.curriculum.selection if self.curriculum else None)
+        """Pure in the stage and the curriculum's choice: a position's prompt follows from its number."""
+        place = self._drawn_from
         if self._opened is None or self._opened[0] != place:
             self._opened = (place, self.parts.inputs.train_prompts(*place))
         return self._opened[1]
@@ -286,6 +312,9 @@ class Trainer:
             remembered["in_band"] = self.in_band
         if self.curriculum:
             remembered["curriculum"] = asdict(self.curriculum.state)
+        if self.scheduler.is_dynamic and self.recipe.stages[self.state.stage_index].samples_groups:
+            self.scheduler.turn_to(*self._drawn_from)
+            remembered["groups"] = states_of_ranks(self.scheduler, self.parts)
         with self.parts.console.phase("saving a checkpoint"):
             self._tell(self.saver.save(replace(self.state, parts=remembered), wait=wait))
 

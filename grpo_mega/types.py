@@ -48,6 +48,9 @@ class Sample:
     finish_reason: FinishReason
     chosen: tuple[bool, ...] | None = None  # which tokens the policy chose; None: all. The others, a tool's
     # or an environment's, have log-prob 0 and no part in the loss
+    versions: tuple[int, ...] = ()
+    """Of each token that the policy chose: how many updates of its weights the sampler had taken. Empty:
+    those it has now."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +73,18 @@ class Score:
     pass_rate: float  # 0..1, from the first component that defines one; evaluation averages it
     passed_tests: int | None = None  # of the same component, where it counts tests
     total_tests: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredGroup:
+    """A group and what its samples earned.
+
+    Example: ScoredGroup(position=17, group=Group(...), scores=(Score(1.0, {"exact": 1.0}, 1.0), ...))
+    """
+
+    position: int  # of its prompt in the stage's stream
+    group: Group
+    scores: tuple[Score, ...]  # in the samples' order
 
 
 @dataclass(frozen=True, slots=True)

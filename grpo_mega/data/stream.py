@@ -75,7 +75,11 @@ class PromptStream:
 
     def prompts_for_step(self, step: int, count: int) -> tuple[Prompt, ...]:
         """Positions step * count to step * count + count - 1 of the endless stream."""
-        return tuple(self._prompt_at(step * count + offset) for offset in range(count))
+        return self.prompts_at(step * count, count)
+
+    def prompts_at(self, first: int, count: int) -> tuple[Prompt, ...]:
+        """Positions `first` to `first + count - 1` of the endless stream."""
+        return tuple(self._prompt_at(position) for position in range(first, first + count))
 
     def prompt(self, index: int) -> Prompt:
         """Problem `index` as the first epoch names it."""

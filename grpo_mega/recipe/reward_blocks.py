@@ -192,6 +192,14 @@ class FormatReward(Block):
         return self
 
 
+class OverlongReward(Block):
+    """0 for a response of up to rollout.max_new_tokens - buffer tokens, then falling in a straight line to -1
+    at max_new_tokens."""
+
+    buffer: Positive
+    """Tokens."""
+
+
 class DiscriminatorReward(Block):
     """The score that the critic gives a sample, in adversarial stages."""
 
@@ -204,6 +212,7 @@ class RewardItem(Block):
     code: CodeReward | None = None
     verilog: VerilogReward | None = None
     format: FormatReward | None = None
+    overlong: OverlongReward | None = None
     discriminator: DiscriminatorReward | None = None
     weight: float = 1.0
 
@@ -218,6 +227,7 @@ class RewardItem(Block):
             "code": self.code,
             "verilog": self.verilog,
             "format": self.format,
+            "overlong": self.overlong,
             "discriminator": self.discriminator,
         }
         return [kind for kind, block in given.items() if block is not None]
@@ -226,7 +236,7 @@ class RewardItem(Block):
     def exactly_one_kind(self) -> RewardItem:
         if len(self._kinds()) != 1:
             raise ValueError(
-                "a reward is exactly one of rule, math, code, verilog, format, discriminator "
+                "a reward is exactly one of rule, math, code, verilog, format, overlong, discriminator "
                 "(plus its weight)"
             )
         return self

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 
 from grpo_mega.block import Block, NotNegative, Positive, Probability
 
+Truncated = Literal["keep", "drop", "mask"]
+
 
 class SglangBlock(Block):
     """rollout.engine sglang: servers that sample, and how weights get there."""
@@ -44,6 +46,12 @@ class SglangBlock(Block):
     """Requests in flight, over all servers."""
     startup_seconds: float = Field(default=300.0, gt=0)
     """managed: until a server must answer."""
+    deterministic: bool = False
+    """managed, GPU: kernels whose results do not depend on the batch, so that sampling seeds are honoured
+    (--enable-deterministic-inference)."""
+    on_policy_target: Literal["fsdp"] | None = None
+    """managed, GPU: the training arithmetic that the server is to match; implies deterministic
+    (--rl-on-policy-target)."""
     extra_args: tuple[str, ...] = ()
     """managed: more arguments of sglang.launch_server; they come last."""
 
@@ -61,6 +69,15 @@ class SglangBlock(Block):
         return self
 
     @model_validator(mode="after")
+    def arguments_are_of_managed_servers(self) -> SglangBlock:
+        if self.mode == "external" and (self.deterministic or self.on_policy_target):
+            raise ValueError(
+                "rollout.sglang.deterministic and on_policy_target are arguments of servers that the run "
+                "starts: give them to the external ones yourself, and remove the keys"
+            )
+        return self
+
+    @model_validator(mode="after")
     def urls_are_whole_and_distinct(self) -> SglangBlock:
         for url in self.urls:
             if not url.startswith(("http://", "https://")):
@@ -68,6 +85,19 @@ class SglangBlock(Block):
         if len(set(self.urls)) != len(self.urls):
             raise ValueError("rollout.sglang.urls names a server twice")
         return self
+
+
+class DynamicSamplingBlock(Block):
+    """rollout.dynamic_sampling: groups whose samples all earned the same teach nothing; others take their
+    place."""
+
+    over_sample: float = Field(default=1.5, ge=1.0)
+    """Prompts asked for each group that is missing."""
+    max_extra_rounds: NotNegative = 3
+    """Rounds after a step's first; then it trains on the groups there are."""
+    spare_steps: NotNegative = 1
+    """Steps that a good group which was not needed may wait, with the log-probs it was sampled with; 0 =
+    none."""
 
 
 class RolloutBlock(Block):
@@ -91,14 +121,30 @@ class RolloutBlock(Block):
     generate: str | None = Field(default=None, pattern=r"^[A-Za-z_][\w.]*:[A-Za-z_]\w*$")
     """module:function, an `async def generate(sample, client)` that makes a sample of several turns; null:
     one turn. See docs/rollouts.md."""
+    dynamic_sampling: DynamicSamplingBlock | None = None
+    """null: train on every group that was sampled; {}: only on those whose rewards differ."""
+    truncated: Truncated = "keep"
+    """Samples cut at max_new_tokens. keep: like others; mask: they count in their group's mean but are not
+    trained on; drop: neither."""
     max_staleness: NotNegative = 0
-    """Policy versions a sample may lie behind; both engines are synchronous: 0."""
+    """sglang: updates of the policy that samples may lie behind: so many steps' samples are under way while a
+    step trains. 0: no sampling while weights change."""
 
     @model_validator(mode="after")
-    def engines_are_synchronous(self) -> RolloutBlock:
-        if self.max_staleness:
+    def servers_that_rest_do_not_sample_ahead(self) -> RolloutBlock:
+        if self.max_staleness and self.sglang.colocate:
             raise ValueError(
-                f"rollout.engine {self.engine} generates between updates: max_staleness must be 0"
+                f"rollout.max_staleness ({self.max_staleness}) samples while the trainer trains, and "
+                "rollout.sglang.colocate has servers rest then: set one of them to 0 or false"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def only_servers_sample_ahead(self) -> RolloutBlock:
+        if self.max_staleness and self.engine == "local":
+            raise ValueError(
+                f"rollout.max_staleness ({self.max_staleness}): engine local shares the trainer's processor "
+                "and samples between updates; set it to 0, or rollout.engine to sglang"
             )
         return self
 

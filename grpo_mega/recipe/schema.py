@@ -156,6 +156,35 @@ class Recipe(Block):
         return self
 
     @model_validator(mode="after")
+    def an_overlong_buffer_fits_a_response(self) -> Recipe:
+        longest = self.rollout.max_new_tokens
+        for item in self.reward:
+            if item.overlong is not None and item.overlong.buffer > longest:
+                raise ValueError(
+                    f"reward overlong: buffer ({item.overlong.buffer}) must not be longer than a response, "
+                    f"rollout.max_new_tokens ({longest})"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def dynamic_sampling_knows_what_teaches_nothing(self) -> Recipe:
+        if self.rollout.dynamic_sampling is None:
+            return self
+        if any(stage.adversarial for stage in self.stages):
+            raise ValueError(
+                "rollout.dynamic_sampling drops groups whose rewards are all equal, and a critic's scores "
+                "never are: remove it from a recipe with an adversarial stage"
+            )
+        estimator = self.advantage.estimator
+        alone = estimator == "reinforce_plus_plus" and not self.advantage.group_baseline
+        if alone or estimator == "gae":
+            raise ValueError(
+                "rollout.dynamic_sampling drops groups whose rewards are all equal, and advantage.estimator "
+                f"{estimator} learns from those too: take one that compares the samples of a group"
+            )
+        return self
+
+    @model_validator(mode="after")
     def a_curriculum_hears_of_its_own_problems(self) -> Recipe:
         check_curriculum(self.curriculum, self.data)
         check_curriculum_hears(self.curriculum, self.eval.every)

@@ -11,6 +11,7 @@ from grpo_mega.reward.base import BatchReward, Reward, RewardResult
 from grpo_mega.reward.code import CodeScorer
 from grpo_mega.reward.format import FormatScorer
 from grpo_mega.reward.math import MathScorer
+from grpo_mega.reward.overlong import OverlongScorer
 from grpo_mega.reward.rule import RuleScorer
 from grpo_mega.reward.verilog import VerilogScorer
 from grpo_mega.types import Group, Prompt, Sample, Score
@@ -19,10 +20,11 @@ from grpo_mega.types import Group, Prompt, Sample, Score
 class RewardAssembly:
     """Components in the recipe's order. The second of a kind is called "exact_2", and so on.
 
-    `hidden` are folders that programs in responses must not see: the run's own.
+    `hidden` are folders that programs in responses must not see: the run's own. `longest` is what a response
+    may have of tokens.
     """
 
-    def __init__(self, items: Sequence[RewardItem], hidden: Sequence[Path] = ()):
+    def __init__(self, items: Sequence[RewardItem], hidden: Sequence[Path] = (), longest: int | None = None):
         assert items, "a run without a reward has nothing to learn from"
         judges = [item for item in items if item.discriminator is not None]
         self.discriminator_weight = sum(item.weight for item in judges)
@@ -32,7 +34,8 @@ class RewardAssembly:
         for item in items:
             names.append(_unused(item.name, names))
         self._components = [
-            (_build(item, name, hidden), item.weight) for item, name in zip(items, names, strict=True)
+            (_build(item, name, hidden, longest), item.weight)
+            for item, name in zip(items, names, strict=True)
         ]
 
     @property
@@ -79,7 +82,7 @@ def _score_all(reward: Reward, pairs: Sequence[tuple[Prompt, Sample]]) -> list[R
     return [reward.score(prompt, sample) for prompt, sample in pairs]
 
 
-def _build(item: RewardItem, name: str, hidden: Sequence[Path]) -> Reward:
+def _build(item: RewardItem, name: str, hidden: Sequence[Path], longest: int | None) -> Reward:
     if item.rule is not None:
         return RuleScorer(item.rule, name)
     if item.math is not None:
@@ -88,6 +91,9 @@ def _build(item: RewardItem, name: str, hidden: Sequence[Path]) -> Reward:
         return CodeScorer(item.code, name, hidden)
     if item.verilog is not None:
         return VerilogScorer(item.verilog, name, hidden)
+    if item.overlong is not None:
+        assert longest is not None, "the length that penalties refer to"
+        return OverlongScorer(item.overlong, name, longest)
     assert item.format is not None
     return FormatScorer(item.format, name)
 

@@ -14,7 +14,7 @@ import random
 import time
 import uuid
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +123,7 @@ class SglangClient:
 
     Example:
         client = SglangClient(("http://127.0.0.1:30000",), concurrency=64)
-        await client.complete(asks, version="a3-7", accept=done.append)
+        await client.complete(asks, versions={"a3-7"}, accept=done.append)
     """
 
     urls: Sequence[str]
@@ -132,10 +132,12 @@ class SglangClient:
     retried: int = 0  # attempts so far that were not the first
     _servers: list[_Server] = field(init=False)
     _http: httpx.AsyncClient | None = field(default=None, init=False)
+    _room: asyncio.Semaphore = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]], init=False)
 
     def __post_init__(self) -> None:
         self._servers = [_Server(url.rstrip("/")) for url in self.urls]
+        self._room = asyncio.Semaphore(self.concurrency)
 
     def expect_fresh_servers(self) -> None:
         """After a sync every server has what it should, as far as is known."""
@@ -143,15 +145,17 @@ class SglangClient:
             server.up, server.stale, server.trouble = True, False, ""
 
     async def complete(
-        self, asks: Sequence[Ask], version: str | None, accept: Callable[[Completion], None]
+        self, asks: Sequence[Ask], versions: Container[str] | None, accept: Callable[[Completion], None]
     ) -> None:
-        """Answer every ask, once, in any order. Tokens sampled with weights other than `version` are not
+        """Answer every ask, once, in any order. Tokens sampled with weights other than `versions` are not
         accepted (None: with any). Raises ServersGone when no server can be used."""
         waiting = deque(asks)
 
         async def work() -> None:
             while waiting:
-                accept(await self.answer(waiting.popleft(), version))
+                async with self._room:
+                    if waiting:
+                        accept(await self.answer(waiting.popleft(), versions))
 
         workers = [asyncio.create_task(work()) for _ in range(min(self.concurrency, len(asks)))]
         try:
@@ -168,16 +172,21 @@ class SglangClient:
             await self._http.aclose()
             self._http = None
 
-    async def answer(self, ask: Ask, version: str | None) -> Completion:
+    async def one(self, ask: Ask, versions: Container[str] | None) -> Completion:
+        """Like one of `complete`: with room among the requests in flight."""
+        async with self._room:
+            return await self.answer(ask, versions)
+
+    async def answer(self, ask: Ask, versions: Container[str] | None) -> Completion:
         """One sample, with as many attempts as it takes. Who calls this bounds how many are in flight."""
         trouble = ""
         for attempt in range(self.patience.retries + 1):
-            server = await self._pick(version)
+            server = await self._pick(versions)
             if attempt:
                 self.retried += 1
             server.in_flight += 1
             try:
-                return await self._attempt(server, ask, version, attempt)
+                return await self._attempt(server, ask, versions, attempt)
             except _AttemptFailed as failure:
                 trouble = f"{server.url}: {failure}"
             finally:
@@ -191,7 +200,9 @@ class SglangClient:
             "rollout.sglang.retries if it recovers later",
         )
 
-    async def _attempt(self, server: _Server, ask: Ask, version: str | None, attempt: int) -> Completion:
+    async def _attempt(
+        self, server: _Server, ask: Ask, versions: Container[str] | None, attempt: int
+    ) -> Completion:
         rid = f"{ask.uid}#{attempt}-{uuid.uuid4().hex}"
         try:
             async with asyncio.timeout(self.patience.timeout_seconds):
@@ -214,20 +225,20 @@ class SglangClient:
             completion = _completion(ask, response.json(), attempt + 1)
         except (KeyError, TypeError, ValueError) as error:
             raise _AttemptFailed(f"not a completion ({error!r}): {response.text[:200]}") from None
-        strangers = set(completion.versions) - {version}
-        if version is not None and strangers:
-            server.stale, server.trouble = True, f"has weights {strangers.pop()!r} and not {version!r}"
+        strangers = {found for found in completion.versions if versions is not None and found not in versions}
+        if strangers:
+            server.stale, server.trouble = True, f"has weights {strangers.pop()!r}, not those expected"
             raise _AttemptFailed(server.trouble)
         return completion
 
-    async def _pick(self, version: str | None) -> _Server:
+    async def _pick(self, versions: Container[str] | None) -> _Server:
         """The usable server with the fewest requests in flight; waits a little for one to come back."""
         deadline = time.monotonic() + self.patience.unreachable_seconds
         while True:
             for server in self._servers:
                 if not server.up and time.monotonic() >= server.next_probe:
                     server.next_probe = time.monotonic() + PROBE_SECONDS + PROBE_EVERY_SECONDS
-                    self._in_background(self._probe(server, version))
+                    self._in_background(self._probe(server, versions))
             usable = [server for server in self._servers if server.usable]
             if usable:
                 return min(usable, key=lambda server: server.in_flight)
@@ -236,7 +247,7 @@ class SglangClient:
                 raise ServersGone("; ".join(f"{s.url}: {s.trouble}" for s in self._servers))
             await asyncio.sleep(min(0.1, self.patience.unreachable_seconds / 4))
 
-    async def _probe(self, server: _Server, version: str | None) -> None:
+    async def _probe(self, server: _Server, versions: Container[str] | None) -> None:
         """Find out whether a server that was down is back, and with which weights."""
         http = self._connection()
         try:
@@ -248,8 +259,8 @@ class SglangClient:
             server.next_probe = time.monotonic() + PROBE_EVERY_SECONDS
             return
         found = info.get("weight_version")
-        server.stale = version is not None and found != version
-        server.trouble = f"came back with weights {found!r} and not {version!r}" if server.stale else ""
+        server.stale = versions is not None and found not in versions
+        server.trouble = f"came back with weights {found!r}, not those expected" if server.stale else ""
         server.up = True
 
     async def _abort(self, server: _Server, rid: str) -> None:

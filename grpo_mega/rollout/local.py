@@ -53,11 +53,13 @@ class LocalEngine:
         self._prompts_per_batch = prompts_per_batch
         self._function = function  # of samples of several turns
         self._places = dict(self._model.state_dict(keep_vars=True))
+        self.updates = 0  # weights taken so far
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights, by Hugging Face name."""
         for name, tensor in tensors:
             self._place(name).copy_(tensor)
+        self.updates += 1
 
     def _place(self, name: str) -> torch.Tensor:
         """transformers keeps a layer's experts in one tensor in memory, though not on disk."""
@@ -108,7 +110,8 @@ class LocalEngine:
         done: dict[str, Sample] = {}
 
         def accept(sample: Sample) -> None:
-            done[sample.uid] = sample
+            chosen = len(sample.response_ids) if sample.chosen is None else sum(sample.chosen)
+            done[sample.uid] = replace(sample, versions=(self.updates,) * chosen)
             rounds.over()
 
         asyncio.run(converse(self._function, drafts, rounds.answer, accept))
@@ -172,6 +175,7 @@ class LocalEngine:
             sampler_logprobs=tuple(logprobs.tolist()),
             text=self._tokenizer.decode(visible.tolist(), skip_special_tokens=True),
             finish_reason="stop" if stopped else "length",
+            versions=(self.updates,) * len(tokens),
         )
 
     @torch.inference_mode()

@@ -8,7 +8,7 @@ from transformers import GenerationConfig, PretrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo_mega.recipe.rollout_block import SglangBlock
-from grpo_mega.rollout.server import LOOPBACK, ServerPool, ServerSpec, server_python
+from grpo_mega.rollout.server import LOOPBACK, ServerPool, ServerSpec, deterministic_flags, server_python
 
 
 def describe_model(hf: PretrainedConfig, dtype: str, folder: Path) -> Path:
@@ -46,6 +46,6 @@ def server_pool(
         saves_memory=block.colocate,
         seed=seed,
         startup_seconds=block.startup_seconds,
-        extra_args=block.extra_args,
+        extra_args=(*deterministic_flags(block, on_gpu=on_gpu), *block.extra_args),
     )
     return ServerPool(spec, block.servers, block.max_restarts)

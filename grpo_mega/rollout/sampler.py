@@ -12,6 +12,11 @@ from grpo_mega.types import Group, Prompt
 
 
 class Sampler(Protocol):
+    @property
+    def updates(self) -> int:
+        """How often it has taken new weights: what the versions of samples count in."""
+        ...
+
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take new weights, by Hugging Face name. All ranks call it."""
         ...

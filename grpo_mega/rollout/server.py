@@ -20,6 +20,7 @@ from pathlib import Path
 import httpx
 
 from grpo_mega.errors import UserError
+from grpo_mega.recipe.rollout_block import SglangBlock
 
 PYTHON_VARIABLE = "GRPO_MEGA_SGLANG_PYTHON"
 """Environment: the Python of the virtual environment that holds sglang."""
@@ -116,6 +117,20 @@ def server_python(configured: str | None) -> str:
         remedy=f"set rollout.sglang.python, or {PYTHON_VARIABLE}, to that environment's bin/python; "
         "without a GPU, tools/install_sglang_cpu.sh DIR makes one",
     )
+
+
+def deterministic_flags(block: SglangBlock, *, on_gpu: bool) -> tuple[str, ...]:
+    """What makes a server's results repeat, as the recipe wants it."""
+    target = () if block.on_policy_target is None else ("--rl-on-policy-target", block.on_policy_target)
+    flags = (*(("--enable-deterministic-inference",) if block.deterministic else ()), *target)
+    if flags and not on_gpu:
+        raise UserError(
+            f"a server on a CPU does not take {flags[0]}",
+            where="rollout.sglang.deterministic and on_policy_target",
+            law="SGLang's deterministic inference is made of kernels that need a GPU",
+            remedy="remove the keys; engine local repeats to the last bit on a CPU",
+        )
+    return flags
 
 
 def free_port(host: str = LOOPBACK) -> int:

@@ -10,29 +10,31 @@ again and gets the weights again, and what was sampled before stays.
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import math
 import os
 import time
 import uuid
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import torch
-import torch.distributed as dist
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_mega.errors import UserError
 from grpo_mega.recipe.rollout_block import RolloutBlock
 from grpo_mega.rollout.addresses import wait_for_addresses
-from grpo_mega.rollout.client import Ask, Completion, Patience, ServersGone, SglangClient
+from grpo_mega.rollout.client import Completion, Patience, SglangClient
 from grpo_mega.rollout.managed import describe_model, server_pool
+from grpo_mega.rollout.pending import LoopThread, Pending
+from grpo_mega.rollout.rank import Rank
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.rollout.server import ServerPool, free_port
 from grpo_mega.rollout.turns import Draft, Generate, converse
+from grpo_mega.sync.fingerprint import Fingerprint
 from grpo_mega.sync.proof import Probe, Proof
 from grpo_mega.sync.servers import ControlPlane, SyncFailed
 from grpo_mega.sync.transport import (
@@ -45,36 +47,7 @@ from grpo_mega.sync.transport import (
 )
 from grpo_mega.types import Group, Prompt, Sample
 
-ValueT = TypeVar("ValueT")
 Tensors = Iterable[tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class Rank:
-    """This process among those that sample. Rank 0 owns the servers and sends the weights."""
-
-    rank: int = 0
-    ranks: int = 1
-
-    @property
-    def is_lead(self) -> bool:
-        return self.rank == 0
-
-    def lead_says(self, value: ValueT) -> ValueT:
-        """Rank 0's value, on every rank."""
-        if self.ranks == 1:
-            return value
-        box = [value]
-        dist.broadcast_object_list(box, src=0)
-        return box[0]
-
-    def first_trouble(self, trouble: str | None) -> str | None:
-        """What some rank says; None when all are content."""
-        if self.ranks == 1:
-            return trouble
-        said: list[str | None] = [None] * self.ranks
-        dist.all_gather_object(said, trouble)
-        return next((text for text in said if text is not None), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +76,7 @@ class SglangEngine:
     seed: int = 0
     function: Generate | None = None  # of samples of several turns
     report: SyncReport | None = field(default=None, init=False)  # of the last sync
+    updates: int = field(default=0, init=False)  # weights taken so far
     _pool: ServerPool | None = field(default=None, init=False)
     _urls: tuple[str, ...] = field(default=(), init=False)
     _client: SglangClient | None = field(default=None, init=False)
@@ -113,7 +87,10 @@ class SglangEngine:
     _syncs: int = field(default=0, init=False)
     _asleep: set[str] = field(default_factory=set[str], init=False)  # servers whose memory was given back
     _token: str = field(default_factory=lambda: uuid.uuid4().hex[:8], init=False)
-    _loop: asyncio.Runner | None = field(default=None, init=False)
+    _loop: LoopThread | None = field(default=None, init=False)
+    _pending: list[Pending] = field(default_factory=list[Pending], init=False)  # begun and not finished
+    _numbers: dict[str, int] = field(default_factory=dict[str, int], init=False)
+    """Of the versions that samples may come from: how many weights had been taken with them."""
 
     def share(self, prompts: Sequence[Prompt], rank: int, ranks: int) -> list[tuple[int, Prompt]]:
         return [(place, prompt) for place, prompt in enumerate(prompts) if place % ranks == rank]
@@ -135,7 +112,11 @@ class SglangEngine:
 
     def load(self, tensors: Tensors) -> None:
         """Bring new weights to all servers. What can be iterated only once is tried only once."""
-        self._load(tensors, thoroughly=False)
+        oldest = self.updates + 1 - self.block.max_staleness
+        for version in [version for version, number in self._numbers.items() if number < oldest]:
+            del self._numbers[version]  # in place: requests in flight look into it
+        self._load(tensors, self.updates + 1, thoroughly=False)
+        self.updates += 1
 
     def rest(self) -> None:
         """Where the servers share the trainer's GPUs: give their memory back until the next sync. All ranks
@@ -166,7 +147,7 @@ class SglangEngine:
             control.call(url, "resume_memory_occupation", {})
             self._asleep.discard(url)
 
-    def _load(self, tensors: Tensors, *, thoroughly: bool) -> None:
+    def _load(self, tensors: Tensors, number: int, *, thoroughly: bool) -> None:
         """`thoroughly`: look first whether servers that answer can also sample."""
         self._version = None
         once = iter(tensors) is tensors
@@ -181,12 +162,17 @@ class SglangEngine:
             began = time.perf_counter()
             self._syncs += 1
             version = self.rank.lead_says(f"{self._token}-{self._syncs}")
+            self._numbers[version] = number  # before it is proved: requests in flight go on with it at once
             trouble, size = self.rank.lead_says(self._send(tensors, version, probe))
             if trouble is None:
                 self._asleep = set()
                 self.report = SyncReport(version, time.perf_counter() - began, size, attempt + 1)
                 self._version = version
+                for pending in self._pending:
+                    if not pending.is_running and pending.missing and not pending.is_cancelled:
+                        self._launch(pending)
                 return
+            del self._numbers[version]
         raise UserError(
             f"the servers did not get the new weights in {attempts} attempts: {trouble}",
             where=f"rollout.sglang.transport {self.block.sglang.transport}",
@@ -204,6 +190,7 @@ class SglangEngine:
             return None, 0
         assert self._transport is not None and self._control is not None
         control = self._control
+        proof, later = Proof(control, probe), list[Fingerprint]()
         try:
             self._wake(control)
         except SyncFailed as failure:
@@ -211,11 +198,21 @@ class SglangEngine:
                 pass
             return str(failure), 0
         try:
-            size = push(stream, version, self._transport, Proof(control, probe))
-            control.post("update_weight_version", {"new_version": version, "abort_all_requests": False})
+            with control.paused() if self._goes_on else nullcontext():
+                # a probe is a request too, and would wait for ever
+                prove = later.append if self._goes_on and not proof.is_by_checksum else proof
+                size = push(stream, version, self._transport, prove)
+                control.post("update_weight_version", {"new_version": version, "abort_all_requests": False})
+            for fingerprint in later:
+                proof(fingerprint)
         except SyncFailed as failure:
             return str(failure), 0
         return None, size
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether requests are in flight while the weights change."""
+        return self.block.max_staleness > 0
 
     def _make_ready(self, thoroughly: bool) -> None:
         """Servers run, and every rank knows where."""
@@ -258,7 +255,9 @@ class SglangEngine:
         concurrency = math.ceil(block.concurrency / self.rank.ranks)
         patience = Patience(block.timeout_seconds, block.retries)
         self._client = SglangClient(self._urls, concurrency, patience, retried)
-        self._loop = asyncio.Runner()
+        if self._loop is None:
+            self._loop = LoopThread()
+            atexit.register(self.close)
         if self.rank.is_lead:
             self._control = ControlPlane(self._urls, block.tp, block.timeout_seconds)
             self._transport = self._new_transport(self._control)
@@ -289,21 +288,44 @@ class SglangEngine:
         """A group for each prompt, in order. All ranks call it: should the servers need the weights again,
         all send them."""
         if self._asleep and self._tensors is not None:
-            self.load(self._tensors)
-        done: dict[str, Sample] = {}
+            self._load(self._tensors, self.updates, thoroughly=False)
+        return self.finish(self.begin(prompts, group_size, params, seed, advance))
+
+    def begin(
+        self,
+        prompts: Sequence[Prompt],
+        group_size: int,
+        params: SamplingParams,
+        seed: int,
+        advance: Callable[[int], None] | None = None,
+    ) -> Pending:
+        """Ask the servers, and return at once: they sample through changes of their weights until `finish`.
+        Every token knows which weights it came from."""
+        if self._version is None or self._client is None:
+            raise UserError(
+                "the servers have no weights that were proved to be the trainer's",
+                where="rollout.sglang",
+                law="samples come only from the trainer's weights",
+                remedy="sync the weights first; after a failed sync, see its message",
+            )
+
+        def draft(prompt: Prompt, index: int) -> Draft:
+            uid = f"{prompt.uid}/{index}"
+            return Draft(prompt, uid, index, params, seed, self.model.tokenizer)
+
+        pending = Pending(tuple(prompts), group_size, draft, advance)
+        self._launch(pending)
+        self._pending = [p for p in self._pending if not p.is_cancelled] + [pending]
+        return pending
+
+    def finish(self, pending: Pending) -> list[Group]:
+        """Wait for what was begun. All ranks call it."""
+        trouble: str | None = None
         for _ in range(self.block.sglang.retries + 1):
-            missing = [
-                Draft(prompt, uid, index, params, seed, self.model.tokenizer)
-                for prompt in prompts
-                for index in range(group_size)
-                if (uid := f"{prompt.uid}/{index}") not in done
-            ]
-            trouble = self.rank.first_trouble(self._complete(missing, done, advance))
+            trouble = self.rank.first_trouble(self._settle(pending))
             if trouble is None:
-                return [
-                    Group(prompt, tuple(done[f"{prompt.uid}/{index}"] for index in range(group_size)))
-                    for prompt in prompts
-                ]
+                self._pending.remove(pending)
+                return pending.groups(self._numbers)
             self._recover(trouble)
         raise UserError(
             f"the servers were lost again and again: {trouble}",
@@ -312,37 +334,16 @@ class SglangEngine:
             remedy="read the servers' logs",
         )
 
-    def _complete(
-        self,
-        drafts: Sequence[Draft],
-        done: dict[str, Sample],
-        advance: Callable[[int], None] | None,
-    ) -> str | None:
-        """Trouble, when no server was left."""
-        if self._version is None or self._client is None or self._loop is None:
-            raise UserError(
-                "the servers have no weights that were proved to be the trainer's",
-                where="rollout.sglang",
-                law="samples come only from the trainer's weights",
-                remedy="sync the weights first; after a failed sync, see its message",
-            )
-        left = {}  # samples of a group still missing, by prompt
-        for draft in drafts:
-            left[draft.prompt.uid] = left.get(draft.prompt.uid, 0) + 1
+    def _launch(self, pending: Pending) -> None:
+        assert self._client is not None and self._loop is not None
+        pending.launch(self._loop, partial(self._ask_all, self._client))
 
-        def accept(sample: Sample) -> None:
-            assert sample.uid not in done, f"{sample.uid} was sampled twice"
-            done[sample.uid] = sample
-            prompt_uid = sample.uid.rpartition("/")[0]
-            left[prompt_uid] -= 1
-            if advance and not left[prompt_uid]:
-                advance(1)
-
-        try:
-            self._loop.run(self._ask_all(self._client, self._version, drafts, accept))
-        except ServersGone as gone:
-            return str(gone)
-        return None
+    def _settle(self, pending: Pending) -> str | None:
+        """Trouble, when no server was left. What came from weights that were then not proved is asked
+        again."""
+        while (trouble := pending.wait()) is None and pending.forget(self._numbers):
+            self._launch(pending)
+        return trouble
 
     def _recover(self, trouble: str) -> None:
         if self._tensors is None:
@@ -352,24 +353,16 @@ class SglangEngine:
                 law="a server that comes back has no weights of this run; they were given only once",
                 remedy="look into the servers' logs, start again from the last checkpoint",
             )
-        self._load(self._tensors, thoroughly=True)
+        self._load(self._tensors, self.updates, thoroughly=True)
 
     async def _ask_all(
-        self,
-        client: SglangClient,
-        version: str,
-        drafts: Sequence[Draft],
-        accept: Callable[[Sample], None],
+        self, client: SglangClient, drafts: Sequence[Draft], accept: Callable[[Sample], None]
     ) -> None:
         if self.function is not None:
-            gate = asyncio.Semaphore(client.concurrency)
-
-            async def answer(ask: Ask) -> Completion:
-                async with gate:
-                    return await client.answer(ask, version)
-
             try:
-                return await converse(self.function, drafts, answer, accept)
+                return await converse(
+                    self.function, drafts, lambda ask: client.one(ask, self._numbers), accept
+                )
             finally:
                 await client.finish_background()
         by_uid = {draft.uid: draft for draft in drafts}
@@ -380,7 +373,7 @@ class SglangEngine:
             accept(draft.sample())
 
         asks = [draft.next_ask(frozenset(), draft.room) for draft in drafts]
-        return await client.complete(asks, version, finish)
+        return await client.complete(asks, self._numbers, finish)
 
     # ---- the end ----
 
@@ -388,13 +381,17 @@ class SglangEngine:
         """Stop servers that belong to the run. Safe to call twice."""
         self._version = None
         self._close_clients()
+        if self._loop is not None:
+            self._loop.close()
+            self._loop = None
         if self._pool is not None:
             self._pool.stop()
 
     def _close_clients(self) -> None:
+        for pending in self._pending:
+            pending.break_off()
         if self._loop is not None and self._client is not None:
             self._loop.run(self._client.close())
-            self._loop.close()
         if self._control is not None:
             self._control.close()
-        self._client = self._loop = self._control = self._transport = None
+        self._client = self._control = self._transport = None

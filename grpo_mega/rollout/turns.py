@@ -54,6 +54,7 @@ class Draft:
     _ids: list[int] = field(default_factory=list[int], init=False)
     _logprobs: list[float] = field(default_factory=list[float], init=False)
     _chosen: list[bool] = field(default_factory=list[bool], init=False)
+    versions: tuple[str, ...] = field(default=(), init=False)  # of the weights, for each token it said
     _cut: bool = field(default=False, init=False)  # what was said last had no end
 
     @property
@@ -73,6 +74,7 @@ class Draft:
 
     def said(self, completion: Completion) -> None:
         self.turns += 1
+        self.versions += completion.versions
         self._cut = completion.finish_reason == "length"
         self._add(completion.token_ids, completion.logprobs, chosen=True)
 

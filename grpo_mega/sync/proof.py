@@ -36,10 +36,14 @@ class Proof:
     probe: Probe | None = None
     _by_checksum: bool | None = field(default=None, init=False)  # not asked yet
 
-    def __call__(self, fingerprint: Fingerprint) -> None:
+    @property
+    def is_by_checksum(self) -> bool:
         if self._by_checksum is None:
             self._by_checksum = all(self._hashes_alike(url) for url in self.servers.urls)
-        if self._by_checksum:
+        return self._by_checksum
+
+    def __call__(self, fingerprint: Fingerprint) -> None:
+        if self.is_by_checksum:
             self.servers.each(lambda _, url: self._check_sums(url, fingerprint))
         elif self.probe is not None:
             probe = self.probe

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -57,6 +58,16 @@ class ControlPlane:
     def post(self, path: str, body: dict[str, Any]) -> None:
         """To all servers; raises SyncFailed unless all succeed."""
         self.each(lambda _, url: self.call(url, path, body))
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Requests in flight keep their tokens and go on afterwards with the weights there are then, which
+        read all tokens anew: a token's log-prob is that of the weights it is stamped with."""
+        self.post("pause_generation", {"mode": "retract"})
+        try:
+            yield
+        finally:
+            self.post("continue_generation", {})
 
     def call(self, url: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
         try:

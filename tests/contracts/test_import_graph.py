@@ -44,7 +44,7 @@ LAYERS = (
     ("self_check",),
     ("parts",),
     ("collect", "journal"),
-    ("adversary", "value_critic"),
+    ("adversary", "value_critic", "draw"),
     ("steps",),
     ("watch",),
     ("train", "runs", "bench"),

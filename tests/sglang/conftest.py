@@ -127,9 +127,10 @@ def external(owner: Owner, model: Model, tmp_path: Path) -> Iterator[Callable[..
     """external(url=..., transport=...) is an engine of a server that somebody else started."""
     engines: list[SglangEngine] = []
 
-    def make(url: str | None = None, **options: object) -> SglangEngine:
+    def make(url: str | None = None, staleness: int = 0, **options: object) -> SglangEngine:
         sglang = {"mode": "external", "urls": (url or owner.url,), "retries": 2, "timeout_seconds": 30}
-        block = RolloutBlock.model_validate({"engine": "sglang", "sglang": sglang | options})
+        given = {"engine": "sglang", "max_staleness": staleness, "sglang": sglang | options}
+        block = RolloutBlock.model_validate(given)
         engines.append(SglangEngine(block, model.facts, tmp_path / str(len(engines))))
         return engines[-1]
 

@@ -36,7 +36,7 @@ def _complete(
     async def run() -> None:
         client = SglangClient(urls, concurrency, patience)
         try:
-            await client.complete(asks, version, done.append)
+            await client.complete(asks, None if version is None else {version}, done.append)
         finally:
             await client.close()
 

@@ -15,7 +15,15 @@ import psutil
 import pytest
 
 from grpo_mega.errors import UserError
-from grpo_mega.rollout.server import PYTHON_VARIABLE, ManagedServer, ServerPool, ServerSpec, server_python
+from grpo_mega.recipe.rollout_block import SglangBlock
+from grpo_mega.rollout.server import (
+    PYTHON_VARIABLE,
+    ManagedServer,
+    ServerPool,
+    ServerSpec,
+    deterministic_flags,
+    server_python,
+)
 
 # A server with a child that neither hears SIGTERM nor looks after itself.
 SERVER = """
@@ -143,3 +151,15 @@ def test_the_servers_python_must_be_known(monkeypatch: pytest.MonkeyPatch):
         server_python("/nowhere/python")
     monkeypatch.setenv(PYTHON_VARIABLE, sys.executable)
     assert server_python(None) == sys.executable
+
+
+def test_flags_of_servers_that_repeat():
+    both = SglangBlock(deterministic=True, on_policy_target="fsdp")
+    assert deterministic_flags(SglangBlock(), on_gpu=False) == ()
+    assert deterministic_flags(both, on_gpu=True) == (
+        "--enable-deterministic-inference",
+        "--rl-on-policy-target",
+        "fsdp",
+    )
+    with pytest.raises(UserError, match="a server on a CPU does not take --enable-deterministic-inference"):
+        deterministic_flags(both, on_gpu=False)

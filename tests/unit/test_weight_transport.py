@@ -176,9 +176,13 @@ def test_the_published_folder_is_complete_and_replaces_the_last(tmp_path: Path):
         ({"sglang": {"urls_file": "f"}}, "external"),
         ({"sglang": {"mode": "external", "urls": ["a:1"]}}, "must begin with http"),
         ({"sglang": {"mode": "external", "urls": ["http://a:1"] * 2}}, "twice"),
+        (
+            {"sglang": {"mode": "external", "urls": ["http://a:1"], "deterministic": True}},
+            "give them to the external ones",
+        ),
         ({"engine": "sglang", "top_p": 0.9}, "before top_p and top_k cut"),
         ({"engine": "sglang", "top_k": 5}, "before top_p and top_k cut"),
-        ({"engine": "sglang", "max_staleness": 1}, "max_staleness must be 0"),
+        ({"max_staleness": 1}, "set it to 0, or rollout.engine to sglang"),
     ],
 )
 def test_laws_of_the_block(block: dict[str, Any], says: str):
