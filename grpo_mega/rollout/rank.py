@@ -36,3 +36,6 @@ class Rank:
         said: list[str | None] = [None] * self.ranks
         dist.all_gather_object(said, trouble)
         return next((text for text in said if text is not None), None)
+
+
+ALONE = Rank()

@@ -30,7 +30,7 @@ from grpo_mega.rollout.addresses import wait_for_addresses
 from grpo_mega.rollout.client import Completion, Patience, SglangClient
 from grpo_mega.rollout.managed import describe_model, server_pool
 from grpo_mega.rollout.pending import LoopThread, Pending
-from grpo_mega.rollout.rank import Rank
+from grpo_mega.rollout.rank import ALONE, Rank
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.rollout.server import ServerPool, free_port
 from grpo_mega.rollout.turns import Draft, Generate, converse
@@ -71,7 +71,7 @@ class SglangEngine:
     block: RolloutBlock
     model: ModelFacts
     run_dir: Path
-    rank: Rank = Rank()
+    rank: Rank = ALONE
     probe: Callable[[], Probe] | None = None  # a collective; where checksums cannot be compared
     seed: int = 0
     function: Generate | None = None  # of samples of several turns

@@ -63,8 +63,8 @@ class ControlPlane:
     def paused(self) -> Iterator[None]:
         """Requests in flight keep their tokens and go on afterwards with the weights there are then, which
         read all tokens anew: a token's log-prob is that of the weights it is stamped with."""
-        self.post("pause_generation", {"mode": "retract"})
         try:
+            self.post("pause_generation", {"mode": "retract"})  # one may fail while others are paused
             yield
         finally:
             self.post("continue_generation", {})

@@ -27,9 +27,9 @@ LONG = SamplingParams(max_new_tokens=100)
 PROMPTS, GROUP = 24, 4
 
 
-def some_have_come(pending: Pending) -> None:
-    deadline = time.monotonic() + 60
-    while len(pending.done) < 8:
+def some_have_come(pending: Pending, count: int = 8) -> None:
+    deadline = time.monotonic() + 120
+    while len(pending.done) < count:
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -61,19 +61,20 @@ def check_tokens(model: Model, groups: Sequence[Group], weights: dict[int, Weigh
 
 @pytest.mark.parametrize("transport", TRANSPORTS)
 def test_requests_go_on_with_new_weights(external: Engines, model: Model, transport: str):
-    engine = external(transport=transport, staleness=1, concurrency=16)
-    engine.load(model.first)
+    engine = external(transport=transport, staleness=3, concurrency=16)
+    weights = {1: model.first, 2: model.second, 3: model.first, 4: model.second}
+    engine.load(weights[1])
     pending = engine.begin(prompts(PROMPTS), GROUP, LONG, seed=3)
-    some_have_come(pending)
-    engine.load(model.second)
-    assert pending.is_running
+    for version, so_many in ((2, 8), (3, 27), (4, 53)):  # of 96; requests begin and end in waves of 16
+        some_have_come(pending, so_many)
+        engine.load(weights[version])
     groups = engine.finish(pending)
     assert [group.prompt.uid for group in groups] == [f"train-{i}" for i in range(PROMPTS)]
-    spanning = [sample for group in groups for sample in group.samples if len(set(sample.versions)) == 2]
-    assert spanning, "nothing was in flight"
-    assert {v for group in groups for sample in group.samples for v in sample.versions} == {1, 2}
+    samples = [sample for group in groups for sample in group.samples]
+    assert any(len(set(sample.versions)) > 1 for sample in samples), "nothing was in flight"
+    assert {1, 4} <= {version for sample in samples for version in sample.versions}
     assert engine.metrics["rollout/retried_requests"] == 0
-    check_tokens(model, groups, {1: model.first, 2: model.second})
+    check_tokens(model, groups[::4], weights)
 
 
 def test_what_is_cancelled_leaves_the_server_free(external: Engines, model: Model, owner: Owner):

@@ -7,18 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from grpo_mega.collect import (
-    Rollouts,
-    age_metrics,
-    counted_and_trained,
-    step_advantages,
-    teaches,
-    to_train_sequences,
-)
+from grpo_mega.collect import Rollouts, counted_and_trained, step_advantages, to_train_sequences
+from grpo_mega.draw import age_metrics, teaches
 from grpo_mega.monitor.metrics import reduce
 from grpo_mega.recipe.blocks import AdvantageBlock
+from grpo_mega.rollout.replay import Origin
 from grpo_mega.types import Group, Prompt, Sample, Score, ScoredGroup
 
+ORIGIN = Origin(seed=0, stage_index=0, step=0, prompts_per_step=8, group_size=3)
 PROMPT = Prompt("train-0", 0, "", (1, 2), "x")
 
 
@@ -49,7 +45,7 @@ def test_cut_samples_by_the_recipes_word(truncated, advantages):
     counted, trained = counted_and_trained(group, truncated)
     block = AdvantageBlock(normalize_std=False)
     values = step_advantages([scores], [counted], block)
-    sequences = to_train_sequences(Rollouts([7], [group]), values, [trained])
+    sequences = to_train_sequences(Rollouts(ORIGIN, [7], [group]), values, [trained])
     assert [sequence.advantage for sequence in sequences] == pytest.approx(advantages)
     assert [sequence.order for sequence in sequences] == [21, 22, 23][: len(advantages)]
     assert [sequence.uid for sequence in sequences] == ["train-0/0", "train-0/1", "train-0/2"][

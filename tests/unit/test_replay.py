@@ -150,6 +150,7 @@ def test_a_folder_that_not_all_ranks_see_is_said(tmp_path: Path):
 def test_options_that_contradict_are_refused(tmp_path: Path):
     recipe = Recipe.model_validate(tiny.recipe_dict(tmp_path / "run"))
     supervised = Recipe.model_validate(tiny.recipe_dict(tmp_path, stages=[{"sft": {"steps": 1}}]))
+    choosy = Recipe.model_validate(tiny.recipe_dict(tmp_path, rollout={"dynamic_sampling": {}}))
     kept = tmp_path / "kept"
     _keep(kept, 1)
     for files, of, words in [
@@ -158,6 +159,7 @@ def test_options_that_contradict_are_refused(tmp_path: Path):
         (RolloutFiles(replay=tmp_path), recipe, "holds no rollouts"),
         (RolloutFiles(dump=kept), recipe, "holds rollouts already"),
         (RolloutFiles(dump=tmp_path / "new"), supervised, "no stage of this recipe samples"),
+        (RolloutFiles(dump=tmp_path / "new"), choosy, "trains on groups of other steps too"),
     ]:
         with pytest.raises(UserError, match=words):
             files.check(of, resume=False)
