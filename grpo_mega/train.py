@@ -118,7 +118,7 @@ class Trainer:
         if self.recipe.curriculum.kind == "staged":
             where = remembered.get("curriculum")
             self.curriculum = Curriculum(self.recipe.curriculum, state_from_json(where) if where else None)
-        if "groups" in remembered:
+        if "groups" in remembered and self.scheduler.is_dynamic:
             self.scheduler.restore(remembered["groups"], *self._drawn_from)
 
     def _critic(self, state: Mapping[str, Any] | None) -> Adversary | ValueCritic | None:

@@ -45,8 +45,9 @@ def test_cut_samples_by_the_recipes_word(truncated, advantages):
     counted, trained = counted_and_trained(group, truncated)
     block = AdvantageBlock(normalize_std=False)
     values = step_advantages([scores], [counted], block)
-    sequences = to_train_sequences(Rollouts(ORIGIN, [7], [group]), values, [trained])
+    sequences = to_train_sequences(Rollouts(ORIGIN, [7], [group]), [scores], values, [trained])
     assert [sequence.advantage for sequence in sequences] == pytest.approx(advantages)
+    assert [sequence.reward for sequence in sequences] == [1, 0, 0][: len(advantages)]
     assert [sequence.order for sequence in sequences] == [21, 22, 23][: len(advantages)]
     assert [sequence.uid for sequence in sequences] == ["train-0/0", "train-0/1", "train-0/2"][
         : len(advantages)
