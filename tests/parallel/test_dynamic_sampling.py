@@ -124,3 +124,18 @@ def test_rewards_that_never_differ_end_the_run(ranks, tmp_path):
     recipe = recipe_of(tmp_path, reward=never, parallel={"dp": 2})
     for said in ranks(2).run(one, recipe):
         assert "in none of the groups of 4 rounds do the rewards differ" in said
+
+
+@pytest.mark.parametrize("truncated", ["mask", "drop"])
+def test_cut_samples_are_left_out_on_any_layout(truncated, ranks, tmp_path):
+    """Fewer tokens are trained on than were sampled, the same on one rank and on two."""
+    rollout = {"truncated": truncated, "max_new_tokens": 12, "dynamic_sampling": None, "group_size": 4}
+    found = []
+    for size in (1, 2):
+        recipe = recipe_of(tmp_path / str(size), rollout=rollout, parallel={"dp": size})
+        ranks(size).run(tiny.train_on_pool, recipe)
+        found.append([line for line in tiny.metrics_of(tmp_path / str(size)) if "actor/loss" in line])
+    for line, other in zip(*found, strict=True):
+        assert line == pytest.approx(other, rel=2e-4, abs=2e-5), f"step {line['step']}"
+    assert len(found[0]) == 5
+    assert all(0 < line["rollout/truncated_fraction"] < 1 for line in found[0])
