@@ -22,7 +22,8 @@ def group_of(*cut: bool, versions: Sequence[tuple[int, ...]] = ()) -> Group:
     reasons = ["length" if is_cut else "stop" for is_cut in cut]
     of = versions or [()] * len(cut)
     samples = (
-        Sample(f"train-0/{i}", i, (5, 6), (-0.5, -0.25), "x", reasons[i], of[i]) for i in range(len(cut))
+        Sample(f"train-0/{i}", i, (5, 6), (-0.5, -0.25), "x", reasons[i], versions=of[i])
+        for i in range(len(cut))
     )
     return Group(PROMPT, tuple(samples))
 

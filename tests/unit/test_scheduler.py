@@ -79,7 +79,7 @@ class Prompts:
 
 def scored(prompt: Prompt, version: int) -> ScoredGroup:
     samples = tuple(
-        Sample(f"{prompt.uid}/{i}", i, (3, 4), (-0.1, -1 / 3), "x", "stop", (version, version))
+        Sample(f"{prompt.uid}/{i}", i, (3, 4), (-0.1, -1 / 3), "x", "stop", versions=(version, version))
         for i in range(2)
     )
     scores = (Score(1.0, {"exact": 1.0}, 1.0), Score(0.25, {"exact": 0.25}, nan))
