@@ -1,4 +1,4 @@
-"""The policy loss by its Triton kernels, asked the way PolicyLoss is, and held to what torch composes.
+"""The policy loss by its kernels, asked the way PolicyLoss is, and held to what torch composes.
 
 # T packed tokens
 """
@@ -19,6 +19,68 @@ from grpo_mega.monitor.metrics import reduce
 from tests.strategies import NORM_LENGTH, Answer, Batch, Config
 
 Asked = tuple[Answer, dict[str, float]]  # and the reduced metrics
+
+COMBINATIONS: dict[str, Config] = {
+    "conservative": {"innovations": {"ema": {}, "temporal_decay": {}}},
+    "balanced": {"innovations": {"ema": {}, "gradient_adaptive": {}, "asymmetric": {}}},
+    "aggressive": {"innovations": {"amic": {}, "gradient_adaptive": {}, "ptrw": {}}},
+    "all": {"innovations": {"ema": {}, "gradient_adaptive": {}, "temporal_decay": {}, "asymmetric": {}}},
+    "all of old": {
+        "innovations": {
+            "ema": {},
+            "gradient_adaptive": {"legacy": True, "norm": "logit"},
+            "temporal_decay": {"legacy": True},
+            "asymmetric": {"legacy": True},
+        },
+        "kl": {"coef": 0.1},
+    },
+    "amic and ptrw of old, weights inside": {
+        "innovations": {
+            "ema": {"beta": 0.5},
+            "amic": {},
+            "gradient_adaptive": {"legacy": True},
+            "temporal_decay": {"legacy": True, "normalize": "mean"},
+            "ptrw": {"legacy": True},
+        }
+    },
+    "gspo and ptrw of old, weights inside": {
+        "innovations": {"gspo": {}, "gradient_adaptive": {"legacy": True}, "ptrw": {"legacy": True}}
+    },
+    "gspo by token and ptrw of old": {
+        "innovations": {
+            "gspo": {"level": "token"},
+            "temporal_decay": {"legacy": True},
+            "ptrw": {"legacy": True},
+        }
+    },
+    "ptrw of old by token, weights inside": {
+        "innovations": {"ema": {}, "temporal_decay": {"legacy": True}, "ptrw": {"legacy": True, "sigma": 1.0}}
+    },
+    "gmpo, weights inside": {
+        "innovations": {
+            "ema": {},
+            "gradient_adaptive": {"legacy": True},
+            "temporal_decay": {"legacy": True, "mode": "lspd"},
+        },
+        "objective": {"gmpo": {"low": 0.2}},
+    },
+    "cispo over ema": {
+        "innovations": {"ema": {}},
+        "objective": {"cispo": {"min_ratio": 0.5, "max_ratio": 2.0}},
+        "kl": {"coef": 0.1, "estimator": "k1"},
+    },
+    "cispo over gspo": {"innovations": {"gspo": {}}, "objective": {"cispo": {}}},
+    "ptrw, differentiated but where it corrects": {"innovations": {"ptrw": {"detach": False}}},
+    "ptrw, exempting nothing": {"innovations": {"amic": {}, "ptrw": {"keep_corrective": False}}},
+    "asymmetric without a dual bound": {"innovations": {"asymmetric": {"dual": None}}},
+    "a cap below 1": {"innovations": {"gradient_adaptive": {"max_weight": 0.5}}},
+    "lspd to the sum, sharp": {
+        "innovations": {"temporal_decay": {"mode": "lspd", "normalize": "sum", "tau": 1e6, "alpha": 5.0}}
+    },
+    "no decay at all": {"innovations": {"temporal_decay": {"gamma": 1.0}}},
+    "no smoothing at all": {"innovations": {"ema": {"beta": 1.0}}},
+    "a floor": {"correction": {"kind": "mis", "floor": 0.9, "cap": 1.0}},
+}
 
 METRIC_FLOOR = 5e-6
 """Numbers near 1 are summed as x - 1 in float32: what is left of a mean or a spread near 0 is off by this."""
@@ -118,10 +180,14 @@ def _close(found: float, expected: float, tolerance: float) -> bool:
 
 
 def assert_agrees(
-    batch: Batch, config: Config, tolerance: float, ask: Callable[..., Asked] = composed
+    batch: Batch,
+    config: Config,
+    tolerance: float,
+    ask: Callable[..., Asked] = composed,
+    asked: Callable[..., Asked] | None = None,
 ) -> None:
     """float32 or bfloat16 inputs; the gradients of the latter are rounded to their format."""
-    (answer, metrics), (expected, right) = fused(batch, config), ask(batch, config)
+    (answer, metrics), (expected, right) = (asked or fused)(batch, config), ask(batch, config)
     gradients = 1e-2 if batch.trainer_T.dtype == torch.bfloat16 else tolerance
     assert_same_loss(answer, expected, tolerance, gradients)
     assert_same_metrics(metrics, right, tolerance)

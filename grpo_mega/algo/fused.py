@@ -1,4 +1,4 @@
-"""The policy loss by its Triton kernels, with the metrics of the composed one.
+"""The policy loss by its kernels, Triton or C++, with the metrics of the composed one.
 
 The kernels leave sums over programs; here they become the moments that PolicyLoss and the innovations make
 their metrics from, under the names those use.
@@ -41,18 +41,24 @@ def fused_policy_loss(
     norm_length: int | None,
     denominators: Denominators | None,
     reject: bool,
+    by_cpu: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, Metric]]:
     """Loss, per-token loss T and metrics of a loss that `supports` knows. `tokens.reference_T` is given iff
     the KL penalty is on.
 
     `denominators`: None: those of this micro-batch; `reject`: a value that is not finite is an error, and not
-    only a loss that is nan.
+    only a loss that is nan; `by_cpu`: by C++ instead of Triton.
     """
-    valid_T = _valid(tokens)
-    counts = denominators or _counted(tokens.cu_seqlens, valid_T)
+    # C++ looks inside of sequences only
+    valid_T = tokens.response_mask_T if by_cpu and denominators is not None else _valid(tokens)
+    if denominators is None:
+        assert valid_T is not None
+        denominators = _counted(tokens.cu_seqlens, valid_T)
     inputs, elsewhere = _inputs(config, tokens, valid_T)
     options = WeightingOptions.of(config, norm_length)
-    weighted = weighted_loss(inputs, options, tokens=counts.tokens, sequences=counts.sequences)
+    weighted = weighted_loss(
+        inputs, options, tokens=denominators.tokens, sequences=denominators.sequences, by_cpu=by_cpu
+    )
     moments = _moments(weighted, options.switches, inputs) | elsewhere
     # only then are the rows worth laying out that say which token it is
     if reject and bool(moments["not_finite"].total > 0):
@@ -62,7 +68,7 @@ def fused_policy_loss(
         "actor/loss": Metric(moments["loss"].total, one, "sum"),
         "actor/policy_loss": Metric(moments["policy"].total, one, "sum"),
         **metrics_of(MomentsByName(moments)),
-        **_quantiles(inputs, valid_T, moments["ratio"].count),
+        **_quantiles(inputs, valid_T, moments["ratio"].count, weighted.counts_2),
     }
     return weighted.loss, weighted.per_token_T, metrics
 
@@ -84,7 +90,7 @@ def _counted(cu_seqlens: torch.Tensor, valid_T: torch.Tensor) -> Denominators:
 
 
 def _inputs(
-    config: LossBlock, tokens: LossInputs, valid_T: torch.Tensor
+    config: LossBlock, tokens: LossInputs, valid_T: torch.Tensor | None
 ) -> tuple[WeightingInputs, dict[str, Moments]]:
     """And what was recorded where the weights were made that the kernels only take."""
     picked = config.innovations.picked()
@@ -129,16 +135,17 @@ def _moments(weighted: Weighted, switches: Switches, inputs: WeightingInputs) ->
     tokens = length_B.sum(dtype=torch.float64)
     moments: dict[str, Moments] = {}
     recorded = set(_recorded(switches, inputs))
+    totals, squares = (column.unbind() for column in weighted.totals_N2.unbind(1))
+    lowest, highest = weighted.lowest_N.unbind(), weighted.highest_N.unbind()
     for index, (name, form) in enumerate(TRACES.items()):
         if name in recorded:
-            total, squares = weighted.totals_N2[index]
             moments[name] = Moments(
                 tokens,
-                total,
+                totals[index],
                 float(form.shift),
-                squares if form.spread else None,
-                weighted.lowest_N[index] if form.extremes else None,
-                weighted.highest_N[index] if form.extremes else None,
+                squares[index] if form.spread else None,
+                lowest[index] if form.extremes else None,
+                highest[index] if form.extremes else None,
             )
     if switches.smooth:
         moments["ema/raw"] = moments["ratio"]
@@ -182,15 +189,23 @@ def _moments_of_sequences(weighted: Weighted, switches: Switches) -> Iterator[tu
         yield "temporal_decay/last", over(of["decay_last"])
 
 
-def _quantiles(inputs: WeightingInputs, valid_T: torch.Tensor, tokens: torch.Tensor) -> dict[str, Metric]:
+def _quantiles(
+    inputs: WeightingInputs,
+    valid_T: torch.Tensor | None,
+    tokens: torch.Tensor,
+    counts_2: torch.Tensor | None,
+) -> dict[str, Metric]:
     """Without a correction the two log-ratios are one and the same: counted once."""
-    trainer_T, sampler_T = inputs.trainer_T.detach().float(), inputs.sampler_T.float()
-    if inputs.proximal_T is None:
-        ratio_counts = mismatch_counts = histogram.counts(trainer_T - sampler_T, valid_T)
+    corrects = inputs.proximal_T is not None
+    if counts_2 is not None:
+        ratio_counts, mismatch_counts = counts_2[0], counts_2[1 if corrects else 0]
     else:
-        proximal_T = inputs.proximal_T.float()
-        ratio_counts = histogram.counts(trainer_T - proximal_T, valid_T)
-        mismatch_counts = histogram.counts(proximal_T - sampler_T, valid_T)
+        assert valid_T is not None
+        trainer_T, sampler_T = inputs.trainer_T.detach().float(), inputs.sampler_T.float()
+        proximal_T = sampler_T if inputs.proximal_T is None else inputs.proximal_T.float()
+        ratio_counts = mismatch_counts = histogram.counts(trainer_T - proximal_T, valid_T)
+        if corrects:
+            mismatch_counts = histogram.counts(proximal_T - sampler_T, valid_T)
     return {
         "actor/log_ratio_p99": Metric(ratio_counts, tokens, "p99"),
         "mismatch/abs_p99": Metric(mismatch_counts, tokens, "abs_p99"),

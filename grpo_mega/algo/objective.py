@@ -119,7 +119,7 @@ class PolicyLoss:
         )
         if self.config.kl.coef and reference_logprobs_T is None:
             raise ValueError("kl.coef is above 0: the KL penalty needs reference_logprobs_T")
-        if self.implementation == "triton":
+        if self.implementation == "triton" or self._in_native(trainer_logprobs_T):
             return PolicyLossOutput(*self._fused(tokens, denominators))
         rows, given = row_inputs(tokens, reject=self.reject_not_finite)
         counts = denominators or local_denominators(rows)
@@ -129,6 +129,12 @@ class PolicyLoss:
         )
         loss, per_token_RW, metrics = self._evaluate(rows, given, counts_2)
         return PolicyLossOutput(loss, metrics, rows.to_tokens(per_token_RW))
+
+    def _in_native(self, trainer_logprobs_T: torch.Tensor) -> bool:
+        """What is compiled for a CPU is C++ as a whole, where that knows the loss; float64 is composed."""
+        if self.implementation != "compiled" or trainer_logprobs_T.dtype == torch.float64:
+            return False
+        return trainer_logprobs_T.device.type == "cpu" and supports(self.config) is None
 
     def _fused(
         self, tokens: LossInputs, denominators: Denominators | None
@@ -140,6 +146,7 @@ class PolicyLoss:
             norm_length=self.norm_length,
             denominators=denominators,
             reject=self.reject_not_finite,
+            by_cpu=self.implementation == "compiled",
         )
         return loss, metrics, per_token_T
 

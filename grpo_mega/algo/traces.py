@@ -29,7 +29,8 @@ class Moments:
     highest: torch.Tensor | None = None
 
     def mean(self) -> Metric:
-        return Metric(self.total + self.shift * self.count, self.count)
+        total = self.total + self.shift * self.count if self.shift else self.total
+        return Metric(total, self.count)
 
     def root_mean_square(self) -> Metric:
         assert self.shift == 0.0

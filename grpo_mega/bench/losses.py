@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from grpo_mega.algo import PolicyLoss
+from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.kernels.implementation import Implementation
 
 Step = Callable[[], None]
@@ -109,6 +110,7 @@ class Problem:
         config = {"innovations": innovations, "kl": {"coef": 0.01}}
         loss = PolicyLoss(config, implementation=implementation)
         sequences, length = self.trainer.shape
+        denominators = Denominators(float(sequences * length), float(sequences))
         cu_seqlens = torch.arange(
             0, sequences * length + 1, length, dtype=torch.int32, device=self.trainer.device
         )
@@ -122,6 +124,7 @@ class Problem:
                 cu_seqlens,
                 reference_logprobs_T=self.reference.flatten(),
                 response_mask_T=self.mask.flatten(),
+                denominators=denominators,
             )
             output.loss.backward()
 
@@ -130,8 +133,8 @@ class Problem:
 
 def plain_ppo(problem: Problem, trainer: torch.Tensor) -> torch.Tensor:
     """Clip, dual clip, k3 penalty and the six numbers that every trainer reports of them, as usually
-    written."""
-    mask, count = problem.mask.float(), problem.mask.sum()
+    written. The denominator is known beforehand, for ours too: a trainer counts it once for an update."""
+    mask, count = problem.mask.float(), problem.mask.numel()
     advantage = problem.advantages[:, None]
     difference = (trainer - problem.sampler).clamp(-10, 10)
     ratio = difference.exp()

@@ -1,4 +1,7 @@
-"""The whole policy loss on packed sequences in at most three Triton launches, gradients included.
+"""The whole policy loss on packed sequences, gradients included: on a GPU in at most three Triton launches,
+on a CPU in one pass of C++ (grpo_mega.kernels.native).
+
+The launches:
 
     1. a program for each sequence: its length, the EMA scan, the sums that levels, objectives and weights
        need
@@ -15,12 +18,13 @@ format. Nothing is compacted: a masked token is the identity of every sum and of
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
+from grpo_mega.kernels import native
 from grpo_mega.kernels.weighting_options import Switches, WeightingOptions, supports
 
 __all__ = [
@@ -152,23 +156,29 @@ class Weighted:
     lowest_N: torch.Tensor
     highest_N: torch.Tensor
     by_sequence: Mapping[str, torch.Tensor]  # B each
+    counts_2: torch.Tensor | None  # histograms of log-ratio and mismatch, where they were made on the way
 
 
 def weighted_loss(
-    inputs: WeightingInputs, options: WeightingOptions, *, tokens: float, sequences: float
+    inputs: WeightingInputs,
+    options: WeightingOptions,
+    *,
+    tokens: float,
+    sequences: float,
+    by_cpu: bool = False,
 ) -> Weighted:
-    """`tokens`, `sequences`: the denominators, of the whole update.
+    """`tokens`, `sequences`: the denominators, of the whole update. `by_cpu`: by C++, for tensors on a CPU.
 
     A token with any input that is not finite makes the loss nan, and is counted in the trace `not_finite`.
 
     Example: one token, ratio 1.5, advantage 1, clip .2 -> loss -1.2
     """
     result: Any = _WeightedLoss.apply(
-        inputs.trainer_T, inputs.entropy_T, inputs, options, options.scale(tokens, sequences)
+        inputs.trainer_T, inputs.entropy_T, inputs, options, options.scale(tokens, sequences), by_cpu
     )
-    loss, per_token_T, totals_N2, lowest_N, highest_N, table_SB = result
+    loss, per_token_T, totals_N2, lowest_N, highest_N, table_SB, counts_2 = result
     by_sequence = dict(zip(TABLE, table_SB.unbind(), strict=True))
-    return Weighted(loss, per_token_T, totals_N2, lowest_N, highest_N, by_sequence)
+    return Weighted(loss, per_token_T, totals_N2, lowest_N, highest_N, by_sequence, counts_2)
 
 
 class _WeightedLoss(torch.autograd.Function):
@@ -182,22 +192,29 @@ class _WeightedLoss(torch.autograd.Function):
         inputs: WeightingInputs,
         options: WeightingOptions,
         scale: float,
-    ) -> tuple[torch.Tensor, ...]:
-        launches = _Launches(inputs, options, scale, differentiate_entropy=ctx.needs_input_grad[1])
-        launches.run()
-        ctx.save_for_backward(launches.gradient_T, launches.entropy_gradient_T)
+        by_cpu: bool,
+    ) -> tuple[torch.Tensor | None, ...]:
+        differentiate_entropy = ctx.needs_input_grad[1] and bool(options.numbers.entropy_coef)
+        if by_cpu:
+            made = _by_cpu(inputs, options, scale, differentiate_entropy=differentiate_entropy)
+            counts_2 = made.counts_2
+        else:
+            made = _Launches(inputs, options, scale, differentiate_entropy=differentiate_entropy)
+            made.run()
+            counts_2 = None
+        ctx.save_for_backward(made.gradient_T, made.entropy_gradient_T)
         ctx.dtypes = trainer_T.dtype, None if entropy_T is None else entropy_T.dtype
-        sums_PN4 = launches.sums_PN4
+        sums_PN4 = made.sums_PN4
         totals_N2 = sums_PN4[:, :, :2].sum(0, dtype=torch.float64)
         results = (
-            launches.loss_T,
+            made.loss_T,
             totals_N2,
             sums_PN4[:, :, 2].amin(0),
             sums_PN4[:, :, 3].amax(0),
-            launches.table_SB,
+            made.table_SB,
         )
         ctx.mark_non_differentiable(*results)
-        return (totals_N2[list(TRACES).index("loss"), 0].float(), *results)
+        return (totals_N2[list(TRACES).index("loss"), 0].float(), *results, counts_2)
 
     @staticmethod
     @once_differentiable
@@ -208,7 +225,37 @@ class _WeightedLoss(torch.autograd.Function):
                 ctx.saved_tensors, ctx.dtypes, ctx.needs_input_grad[:2], strict=True
             )
         ]
-        return (*gradients, None, None, None)
+        return (*gradients, None, None, None, None)
+
+
+def _by_cpu(
+    inputs: WeightingInputs, options: WeightingOptions, scale: float, *, differentiate_entropy: bool
+) -> native.Buffers:
+    return native.run(
+        options.switches,
+        _pointers(inputs),
+        {**asdict(options.numbers), "scale": scale},
+        TABLE,
+        trace_codes(),
+        differentiate_entropy=differentiate_entropy,
+        token_advantages=inputs.token_advantages,
+    )
+
+
+def _pointers(inputs: WeightingInputs) -> dict[str, torch.Tensor | None]:
+    """All that is read of a token or a sequence, by the names that kernels have for it."""
+    return {
+        "trainer": inputs.trainer_T,
+        "base": inputs.sampler_T if inputs.proximal_T is None else inputs.proximal_T,
+        "sampler": inputs.sampler_T,
+        "reference": inputs.reference_T,
+        "entropy": inputs.entropy_T,
+        "sq_prob": inputs.sq_prob_T,
+        "weight": inputs.weight_T,
+        "advantage": inputs.advantages,
+        "valid": None if inputs.valid_T is None else inputs.valid_T.bool().view(torch.uint8),
+        "cu_seqlens": inputs.cu_seqlens,
+    }
 
 
 class _Launches:
@@ -229,7 +276,7 @@ class _Launches:
 
         self.loss_T = empty(tokens)
         self.gradient_T = empty(tokens)
-        self.entropy_gradient_T = empty_if(differentiate_entropy and bool(options.numbers.entropy_coef))
+        self.entropy_gradient_T = empty_if(differentiate_entropy)
         self.table_SB = empty(len(TABLE), inputs.sequences)
         self.sums_PN4 = empty(self.programs, len(TRACES), 4)
         self.sequence_T = empty(tokens, dtype=torch.int32)
@@ -262,19 +309,8 @@ class _Launches:
     def _arguments(self, switches: Switches) -> dict[str, Any]:
         """All there are, by the names that kernels have for them."""
         inputs, numbers = self.inputs, self.options.numbers
-        base_T = inputs.sampler_T if inputs.proximal_T is None else inputs.proximal_T
-        valid_T = inputs.valid_T
         pointers = {
-            "trainer": inputs.trainer_T,
-            "base": base_T,
-            "sampler": inputs.sampler_T,
-            "reference": inputs.reference_T,
-            "entropy": inputs.entropy_T,
-            "sq_prob": inputs.sq_prob_T,
-            "weight": inputs.weight_T,
-            "advantage": inputs.advantages,
-            "valid": None if valid_T is None else valid_T.bool().view(torch.uint8),
-            "cu_seqlens": inputs.cu_seqlens,
+            **_pointers(inputs),
             "sequence": self.sequence_T,
             "position": self.position_T,
             "smoothed": self.smoothed_T,

@@ -12,29 +12,29 @@ from itertools import accumulate
 
 import torch
 
-_SHIFT = 17  # of the 23 bits of the mantissa six are kept
+SHIFT = 17  # of the 23 bits of the mantissa six are kept
 _EXPONENT_OF_ONE = 127 << 23
-_SMALLEST = (_EXPONENT_OF_ONE - (24 << 23)) >> _SHIFT  # 2^-24: below it lies rounding, counted as 0
-_LARGEST = (_EXPONENT_OF_ONE + (8 << 23)) >> _SHIFT  # 2^8: above any log-ratio that still means something
-_SIDE = _LARGEST - _SMALLEST  # bins of each sign
-BINS = 2 * _SIDE + 1
+SMALLEST = (_EXPONENT_OF_ONE - (24 << 23)) >> SHIFT  # 2^-24: below it lies rounding, counted as 0
+_LARGEST = (_EXPONENT_OF_ONE + (8 << 23)) >> SHIFT  # 2^8: above any log-ratio that still means something
+SIDE = _LARGEST - SMALLEST  # bins of each sign
+BINS = 2 * SIDE + 1
 
 
 def counts(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """How many of the masked values fall into each bin, from the most negative to the largest."""
     values = values.float()
-    magnitude = (values.abs().view(torch.int32) >> _SHIFT) - _SMALLEST + 1
-    magnitude = magnitude.clamp(0, _SIDE)
-    bin_ = torch.where(values < 0, -magnitude, magnitude) + _SIDE
+    magnitude = (values.abs().view(torch.int32) >> SHIFT) - SMALLEST + 1
+    magnitude = magnitude.clamp(0, SIDE)
+    bin_ = torch.where(values < 0, -magnitude, magnitude) + SIDE
     empty = torch.zeros(BINS, dtype=torch.int32, device=values.device)
     return empty.scatter_add(0, bin_.flatten().long(), mask.flatten().int())
 
 
 def folded(bin_counts: Sequence[float]) -> list[float]:
     """Of the numbers' absolute values: what was negative is counted at the same distance from 0."""
-    negative = reversed(bin_counts[:_SIDE])
-    positive = [a + b for a, b in zip(bin_counts[_SIDE + 1 :], negative, strict=True)]
-    return [0.0] * _SIDE + [bin_counts[_SIDE]] + positive
+    negative = reversed(bin_counts[:SIDE])
+    positive = [a + b for a, b in zip(bin_counts[SIDE + 1 :], negative, strict=True)]
+    return [0.0] * SIDE + [bin_counts[SIDE]] + positive
 
 
 def quantile(bin_counts: Sequence[float], share: float) -> float:
@@ -44,12 +44,12 @@ def quantile(bin_counts: Sequence[float], share: float) -> float:
     """
     wanted = share * sum(bin_counts)
     index = next(i for i, total in enumerate(accumulate(bin_counts)) if total >= wanted)
-    place = abs(index - _SIDE)
+    place = abs(index - SIDE)
     if place == 0:
         return 0.0
-    bits = torch.tensor([place - 1 + _SMALLEST, place + _SMALLEST], dtype=torch.int32) << _SHIFT
+    bits = torch.tensor([place - 1 + SMALLEST, place + SMALLEST], dtype=torch.int32) << SHIFT
     middle = float(bits.view(torch.float32).mean())
-    return middle if index > _SIDE else -middle
+    return middle if index > SIDE else -middle
 
 
 def by_octave(bin_counts: Sequence[float]) -> tuple[list[int], list[float]]:
@@ -58,9 +58,9 @@ def by_octave(bin_counts: Sequence[float]) -> tuple[list[int], list[float]]:
 
     Example: three numbers of 1.5 -> 3 between the edges 1 and 2
     """
-    negative, middle, positive = bin_counts[:_SIDE], bin_counts[_SIDE], bin_counts[_SIDE + 1 :]
-    wide = 1 << (23 - _SHIFT)
-    rising = [int(sum(positive[start : start + wide])) for start in range(0, _SIDE, wide)]
-    falling = [int(sum(negative[start : start + wide])) for start in range(0, _SIDE, wide)]
+    negative, middle, positive = bin_counts[:SIDE], bin_counts[SIDE], bin_counts[SIDE + 1 :]
+    wide = 1 << (23 - SHIFT)
+    rising = [int(sum(positive[start : start + wide])) for start in range(0, SIDE, wide)]
+    falling = [int(sum(negative[start : start + wide])) for start in range(0, SIDE, wide)]
     ends = [2.0**exponent for exponent in range(-24, -24 + len(rising) + 1)]
     return [*falling, int(middle), *rising], [*(-end for end in reversed(ends)), *ends]

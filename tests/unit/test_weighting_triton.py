@@ -32,7 +32,7 @@ from grpo_mega.kernels.implementation import interpreting
 from grpo_mega.kernels.weighting import WeightingInputs, WeightingOptions, supports, weighted_loss
 from grpo_mega.recipe.blocks import LossBlock
 from tests.strategies import Batch, Config, config_of, every_pair, loss_configs, packed_batches, random_batch
-from tests.weighting import assert_agrees, assert_same_loss, composed, fused, on
+from tests.weighting import COMBINATIONS, assert_agrees, assert_same_loss, composed, fused, on
 
 pytest.importorskip("triton")
 
@@ -40,67 +40,6 @@ DEVICE = "cpu" if interpreting() else "cuda"
 TOLERANCE = 1e-5
 LENGTHS = (0, 1, 3, 40, 130)
 PAIRS = every_pair()
-COMBINATIONS: dict[str, Config] = {
-    "conservative": {"innovations": {"ema": {}, "temporal_decay": {}}},
-    "balanced": {"innovations": {"ema": {}, "gradient_adaptive": {}, "asymmetric": {}}},
-    "aggressive": {"innovations": {"amic": {}, "gradient_adaptive": {}, "ptrw": {}}},
-    "all": {"innovations": {"ema": {}, "gradient_adaptive": {}, "temporal_decay": {}, "asymmetric": {}}},
-    "all of old": {
-        "innovations": {
-            "ema": {},
-            "gradient_adaptive": {"legacy": True, "norm": "logit"},
-            "temporal_decay": {"legacy": True},
-            "asymmetric": {"legacy": True},
-        },
-        "kl": {"coef": 0.1},
-    },
-    "amic and ptrw of old, weights inside": {
-        "innovations": {
-            "ema": {"beta": 0.5},
-            "amic": {},
-            "gradient_adaptive": {"legacy": True},
-            "temporal_decay": {"legacy": True, "normalize": "mean"},
-            "ptrw": {"legacy": True},
-        }
-    },
-    "gspo and ptrw of old, weights inside": {
-        "innovations": {"gspo": {}, "gradient_adaptive": {"legacy": True}, "ptrw": {"legacy": True}}
-    },
-    "gspo by token and ptrw of old": {
-        "innovations": {
-            "gspo": {"level": "token"},
-            "temporal_decay": {"legacy": True},
-            "ptrw": {"legacy": True},
-        }
-    },
-    "ptrw of old by token, weights inside": {
-        "innovations": {"ema": {}, "temporal_decay": {"legacy": True}, "ptrw": {"legacy": True, "sigma": 1.0}}
-    },
-    "gmpo, weights inside": {
-        "innovations": {
-            "ema": {},
-            "gradient_adaptive": {"legacy": True},
-            "temporal_decay": {"legacy": True, "mode": "lspd"},
-        },
-        "objective": {"gmpo": {"low": 0.2}},
-    },
-    "cispo over ema": {
-        "innovations": {"ema": {}},
-        "objective": {"cispo": {"min_ratio": 0.5, "max_ratio": 2.0}},
-        "kl": {"coef": 0.1, "estimator": "k1"},
-    },
-    "cispo over gspo": {"innovations": {"gspo": {}}, "objective": {"cispo": {}}},
-    "ptrw, differentiated but where it corrects": {"innovations": {"ptrw": {"detach": False}}},
-    "ptrw, exempting nothing": {"innovations": {"amic": {}, "ptrw": {"keep_corrective": False}}},
-    "asymmetric without a dual bound": {"innovations": {"asymmetric": {"dual": None}}},
-    "a cap below 1": {"innovations": {"gradient_adaptive": {"max_weight": 0.5}}},
-    "lspd to the sum, sharp": {
-        "innovations": {"temporal_decay": {"mode": "lspd", "normalize": "sum", "tau": 1e6, "alpha": 5.0}}
-    },
-    "no decay at all": {"innovations": {"temporal_decay": {"gamma": 1.0}}},
-    "no smoothing at all": {"innovations": {"ema": {"beta": 1.0}}},
-    "a floor": {"correction": {"kind": "mis", "floor": 0.9, "cap": 1.0}},
-}
 
 
 @pytest.fixture(autouse=True)
