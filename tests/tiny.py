@@ -125,6 +125,13 @@ def train_on_pool(recipe: dict, resume: bool = False, **files: Path | None) -> N
     parts.export(Path(recipe["run"]["dir"]) / "hf")
 
 
+def beyond_overwrite(run_dir: Path) -> set[str]:
+    """What a run left that --overwrite would leave behind."""
+    from grpo_mega.cli import RUN_FILES
+
+    return {path.name for path in run_dir.iterdir()} - set(RUN_FILES)
+
+
 def metrics_of(run_dir: Path) -> list[dict[str, float]]:
     """Each line of a run's metrics.jsonl without what depends on the clock."""
     from grpo_mega.monitor.jsonl import read_metrics

@@ -17,9 +17,9 @@ def _train_with_nan_gradients(recipe: dict[str, Any], updates: list[int]) -> str
     """Rank 1's gradient gets one nan before the reduction in these updates (from 1, the warm-up's too)."""
     import torch.distributed as dist
 
-    from grpo_mega.engine import policy
+    from grpo_mega.engine import schedule
 
-    whole, count = policy.finalize_model_grads, 0
+    whole, count = schedule.finalize_model_grads, 0
 
     def poisoned(chunks: Any, *arguments: Any, **options: Any) -> Any:
         nonlocal count
@@ -28,13 +28,13 @@ def _train_with_nan_gradients(recipe: dict[str, Any], updates: list[int]) -> str
             next(iter(chunks[0].parameters())).main_grad.view(-1)[0] = torch.nan
         return whole(chunks, *arguments, **options)
 
-    policy.finalize_model_grads = poisoned
+    schedule.finalize_model_grads = poisoned
     try:
         tiny.train_on_pool(recipe)
     except UserError as error:
         return str(error)
     finally:
-        policy.finalize_model_grads = whole
+        schedule.finalize_model_grads = whole
     return ""
 
 
@@ -57,6 +57,7 @@ def test_several_in_a_row_stop_the_run_and_the_sample_is_named(ranks, tmp_path):
     assert said[0] == said[1] and "2 updates in a row were not finite, the last at step 5" in said[0]
     diagnosis = json.loads((tmp_path / "diagnosis.json").read_text())
     assert diagnosis["step"] == 5 and diagnosis["tokens"][0]["uid"].startswith("train-")
+    assert (tmp_path / "replay").is_dir() and not tiny.beyond_overwrite(tmp_path)
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
     assert [e["kind"] for e in events if e["kind"] in ("alarm", "stop")] == ["alarm", "stop"]
 

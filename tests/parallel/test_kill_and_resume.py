@@ -25,7 +25,7 @@ POINTS = {
     "rollout": ("grpo_mega.rollout.local:LocalEngine.generate", 5),
     "reward": ("grpo_mega.reward.assembly:RewardAssembly.score_groups", 6),
     "forward": ("grpo_mega.steps:drift_metrics", 4),
-    "after backward": ("grpo_mega.engine.policy:finalize_model_grads", 5),
+    "after backward": ("grpo_mega.engine.schedule:finalize_model_grads", 5),
     "optimizer": ("grpo_mega.engine.policy:apply_update", 5),
     "probe": ("grpo_mega.steps:probe", 3),
     "weight sync": ("grpo_mega.rollout.local:LocalEngine.load", 6),
