@@ -30,6 +30,8 @@ SLURM_SECONDS = 60
 PORTS = range(20_000, 30_000)
 """Below those that systems hand out for outgoing connections."""
 PORTS_TRIED = 50
+OPTIONS_WITH_VALUES = frozenset({"--tracker", "--dump-rollouts", "--replay-rollouts", "--step"})
+"""Of `grpo-mega train` and `eval`: the next word belongs to them, unless an equals sign has given it."""
 TOLD_LINES = 40
 """Of a failed rank's log."""
 
@@ -60,8 +62,7 @@ class Start:
 def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
     """Check a job before its ranks start, and take its run directory."""
     verb, *words = arguments
-    options = [word for word in words if word.startswith("--")]
-    target, *overrides = [word for word in words if not word.startswith("--")]
+    options, (target, *overrides) = parted(words)
     if "--overwrite" in options:
         raise UserError(
             "--overwrite in a job",
@@ -95,6 +96,26 @@ def begin(arguments: Sequence[str], environment: Mapping[str, str]) -> Start:
     resume = "--resume" if goes_on and "--resume" not in options else ""
     urls = run_dir / "servers" / URLS if has_servers else None
     return Start(run_dir, logs, free_port(int(environment["SLURM_JOB_ID"])), resume, urls)
+
+
+def parted(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Options without their values, and everything else without options.
+
+    Example: parted(["r.yaml", "--dump-rollouts", "kept", "train.lr=1"]) is
+    (["--dump-rollouts"], ["r.yaml", "train.lr=1"])
+    """
+    options: list[str] = []
+    others: list[str] = []
+    rest = iter(words)
+    for word in rest:
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--"):
+            others.append(word)
+            continue
+        options.append(name)
+        if not equals and name in OPTIONS_WITH_VALUES:
+            next(rest, None)
+    return options, others
 
 
 def _has_servers(environment: Mapping[str, str]) -> bool:

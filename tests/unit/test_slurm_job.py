@@ -8,11 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import typer
 
+from grpo_mega.cli import app
 from grpo_mega.errors import UserError
 from grpo_mega.recipe import load_recipe
 from grpo_mega.slurm_command import Resources, job_file
-from grpo_mega.slurm_job import begin, endings, explain, free_port, release_lock, take_lock, verdict
+from grpo_mega.slurm_job import (
+    OPTIONS_WITH_VALUES,
+    begin,
+    endings,
+    explain,
+    free_port,
+    release_lock,
+    take_lock,
+    verdict,
+)
 
 QUICKSTART = str(Path(__file__).parents[2] / "recipes" / "quickstart.yaml")
 KILLED = "srun: error: node2: task 1: Killed"
@@ -129,6 +140,25 @@ def test_begin(tmp_path: Path, known_jobs: Path):
         begin([*arguments, "--overwrite"], job)
     with pytest.raises(UserError, match="8 processes were started for a layout of 2"):
         begin(arguments, {**job, "SLURM_NTASKS": "8"})
+
+
+@pytest.mark.parametrize("options", [["--dump-rollouts", "kept"], ["--dump-rollouts=kept"]])
+def test_a_value_of_an_option_is_no_override(options: list[str], tmp_path: Path, known_jobs: Path):
+    job = {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "2"}
+    for words in (options, [*options, "--tracker", "none", "--quiet"]):
+        start = begin(["train", QUICKSTART, *words, f"run.dir={tmp_path}/run"], job)
+        assert start.run_dir == tmp_path / "run"
+    with pytest.raises(UserError, match="--overwrite in a job"):
+        begin(["train", *options, "--overwrite", QUICKSTART], job)
+
+
+def test_the_options_with_values_are_those_of_the_commands():
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    parameters = [each for name in ("train", "eval") for each in commands[name].params]
+    options = [each for each in parameters if each.param_type_name == "option"]
+    flags = {name for option in options if option.is_flag for name in option.opts}
+    assert flags >= {"--resume", "--overwrite"} and not flags & OPTIONS_WITH_VALUES
+    assert {name for option in options for name in option.opts} - flags - {"--help"} == OPTIONS_WITH_VALUES
 
 
 def test_a_second_component_holds_servers(tmp_path: Path, known_jobs: Path):
