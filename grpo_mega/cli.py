@@ -27,9 +27,9 @@ RECIPE_FILE = "recipe.yaml"
 RUN_RESULTS = ("metrics.jsonl", "checkpoints", "hf")
 """What makes a directory hold a run: the other files are there before the first step is done."""
 RUN_FILES = (
-    *(RECIPE_FILE, "metrics.jsonl", "events.jsonl", "curves.png", "report.html"),
-    *("init", "checkpoints", "logs", "wandb_sync", "tensorboard", "hf"),
-    *("replay", "diagnosis.json"),
+    *(RECIPE_FILE, "metrics.jsonl", "events.jsonl", "curves.png"),
+    *("init", "checkpoints", "logs", "wandb_sync", "tensorboard", "hf", "servers"),
+    *("replay", "diagnosis.json", "critic_audit.json"),
 )
 """Everything a run writes, and therefore all that --overwrite removes."""
 

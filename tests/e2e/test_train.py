@@ -24,7 +24,8 @@ LONGEST_SECONDS = 300
 
 
 def _environment() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "OMP_"))}
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "OMP_"))}
+    return kept | {"WANDB_MODE": "offline"}
 
 
 def _command(*arguments: object) -> list[str]:
@@ -54,7 +55,8 @@ def _recipe_file(folder: Path, **blocks: object) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished two-rank run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
-    done = _run("train", _recipe_file(folder, parallel={"dp": 2}, checkpoint={"every": 3}))
+    trackers = [f"--tracker={name}" for name in ("wandb", "tensorboard")]
+    done = _run("train", _recipe_file(folder, parallel={"dp": 2}, checkpoint={"every": 3}), *trackers)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -64,6 +66,7 @@ def test_a_run_leaves_what_it_promises(finished: tuple[Path, str]):
     run = folder / "run"
     kept = {path.name for path in run.iterdir()}
     assert kept >= {"recipe.yaml", "metrics.jsonl", "events.jsonl", "checkpoints", "hf", "curves.png"}
+    assert kept >= {"wandb_sync", "tensorboard"} and not tiny.beyond_overwrite(run)
     records = read_metrics(run / "metrics.jsonl")
     evaluated = [record.step for record in records if "eval_avg_test_pass_rate" in record.metrics]
     assert evaluated == [0, 2, 5, 7]  # the start, the end of the warm-up, every third step, the end

@@ -54,6 +54,7 @@ def test_a_critic_learns_in_its_stages_and_rewards_in_the_last(alone):
     audited = [step for step in steps if "critic_audit/d_acc" in steps[step]]
     assert audited == [3, 4, 6, 8]  # after the critic's first step, then every second
     assert json.loads((alone / "critic_audit.json").read_text())[0]["student_ids"]
+    assert not tiny.beyond_overwrite(alone)
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def test_two_ranks_train_on_what_a_server_samples(sglang_python: str, tmp_path: 
     for row in rows:  # after every step's sync the server samples from what the trainer computes
         assert row["mismatch/abs_max"] < 1e-3
     assert (run_dir / "servers" / "server-0.log").is_file()
+    assert not tiny.beyond_overwrite(run_dir)
     deadline = time.monotonic() + 10
     while mine := _processes_about(run_dir):
         assert time.monotonic() < deadline, mine
