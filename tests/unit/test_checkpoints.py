@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 
 from grpo_mega import checkpoints
 from grpo_mega.checkpoints import (
     BEST,
     LATEST,
-    Fingerprint,
     RunState,
     best_so_far,
     candidates,
@@ -20,24 +17,10 @@ from grpo_mega.checkpoints import (
     partial_of,
     point_to,
     prune,
-    publish,
     read_state,
-    write_state,
 )
 from grpo_mega.errors import UserError
-
-
-def write(directory: Path, step: int, *, pass_rate: float | None = None, point: bool = True) -> Path:
-    target = folder_of(directory, step)
-    partial = partial_of(target)
-    partial.mkdir(parents=True)
-    (partial / "__0_0.distcp").write_bytes(bytes(range(200)) * step)
-    (partial / "common.pt").write_bytes(b"common")
-    write_state(partial, RunState(step, 0, step, pass_rate, {"guard": {"tier": 1}}))
-    publish(partial, {"__0_0.distcp": Fingerprint.of(partial / "__0_0.distcp")})
-    if point:
-        point_to(directory, LATEST, target)
-    return target
+from tests.checkpoints import write
 
 
 def test_a_published_checkpoint_is_whole_and_remembers_its_state(tmp_path):

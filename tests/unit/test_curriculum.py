@@ -95,6 +95,7 @@ def test_what_a_curriculum_refuses_of_its_data(stage, data, said):
 
 
 def test_legal_pairs_of_curriculum_and_data():
+    # not to raise is all that is asked of it: each pair differs in one thing from one that is refused above
     check_curriculum(block(), DataBlock(task="add"))
     check_curriculum(CurriculumBlock(kind="staged", preset="verilog"), DataBlock.model_validate(FILE))
     check_curriculum(CurriculumBlock(), DataBlock.model_validate({**FILE, "eval": None}))

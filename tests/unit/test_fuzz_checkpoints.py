@@ -25,15 +25,14 @@ from grpo_mega.checkpoints import (
     complete_checkpoints,
     faults,
     folder_of,
-    partial_of,
     point_to,
     prune,
-    publish,
     read_state,
     write_state,
 )
 from grpo_mega.doctor_run import Examination
 from grpo_mega.errors import UserError
+from tests.checkpoints import write
 from tests.unit.test_fuzz_recipes import SMALL, run_command
 
 STEPS = (5, 10)
@@ -66,11 +65,7 @@ def make_run(run: Path) -> None:
     (run / "wandb_sync_state.json").write_text(json.dumps({"last_wire_step": 3, "run_id": "a", "logs": []}))
     checkpoints = run / "checkpoints"
     for step in STEPS:
-        partial = partial_of(folder_of(checkpoints, step))
-        partial.mkdir(parents=True)
-        (partial / "__0_0.distcp").write_bytes(b"weights")
-        write_state(partial, RunState(step, 0, step, 0.5))
-        point_to(checkpoints, LATEST, publish(partial, {}))
+        write(checkpoints, step, pass_rate=0.5)
     point_to(checkpoints, BEST, folder_of(checkpoints, 5))
 
 
