@@ -1,29 +1,31 @@
-"""Training with servers as the sampler, on two ranks: rank 0 owns the server, both sample from it."""
+"""Training with servers as the sampler: rank 0 owns the server, all ranks sample from it."""
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import psutil
 import pytest
+import yaml
 
 from tests import tiny
 from tests.processes import run_ranks
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
+ROOT = Path(__file__).parents[2]
+LONGEST_SECONDS = 300
 
-def test_two_ranks_train_on_what_a_server_samples(sglang_python: str, tmp_path: Path):
+
+@pytest.mark.parametrize("layout", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_two_ranks_train_on_what_a_server_samples(layout: dict, sglang_python: str, tmp_path: Path):
     run_dir = tmp_path / "run"
-    recipe = tiny.recipe_dict(
-        run_dir,
-        rollout={
-            "engine": "sglang",
-            "sglang": {"python": sglang_python, "transport": "distributed", "timeout_seconds": 60},
-        },
-        parallel={"tp": 2},
-    )
+    recipe = tiny.recipe_dict(run_dir, rollout=_rollout(sglang_python, "distributed"), parallel=layout)
     assert run_ranks(2, tiny.train_on_pool, recipe) == [0, 0]
     rows = [row for row in tiny.metrics_of(run_dir) if "reward/mean" in row]
     assert len(rows) == 5
@@ -31,7 +33,70 @@ def test_two_ranks_train_on_what_a_server_samples(sglang_python: str, tmp_path: 
         assert row["mismatch/abs_max"] < 1e-3
     assert (run_dir / "servers" / "server-0.log").is_file()
     assert not tiny.beyond_overwrite(run_dir)
-    deadline = time.monotonic() + 10
+    _assert_all_gone(run_dir)
+
+
+def test_the_quickstart_with_a_server(sglang_python: str, tmp_path: Path):
+    """Whole steps of it, but fewer: what a server samples is rewarded, and the policy gets better."""
+    run_dir = tmp_path / "run"
+    process = _start(
+        "recipes/quickstart.yaml",
+        "rollout.engine=sglang",
+        f"rollout.sglang.python={sglang_python}",
+        f"run.dir={run_dir}",
+        "stages=[{sft: {steps: 100, batch_size: 128, lr: 2.0e-3, warmup_steps: 20}}, {grpo: {steps: 12}}]",
+        "eval.samples=256",
+        "eval.every=0",
+    )
+    printed, errors = process.communicate(timeout=LONGEST_SECONDS)
+    assert process.returncode == 0, printed + errors
+    rows = tiny.metrics_of(run_dir)
+    rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
+    assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3])
+    assert max(row["mismatch/abs_max"] for row in rows if "mismatch/abs_max" in row) < 1e-3
+    _assert_all_gone(run_dir)
+
+
+@pytest.mark.parametrize(
+    ("asked", "code"), [(signal.SIGTERM, 85), (signal.SIGINT, 130)], ids=["term", "ctrl-c"]
+)
+def test_no_server_outlives_a_run_that_is_told_to_end(asked, code, sglang_python: str, tmp_path: Path):
+    run_dir = tmp_path / "run"
+    stages = [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 500}}]
+    recipe = tmp_path / "recipe.yaml"
+    rollout = _rollout(sglang_python, "tensor")
+    recipe.write_text(yaml.safe_dump(tiny.recipe_dict(run_dir, rollout=rollout, stages=stages)))
+    process = _start(str(recipe))
+    deadline, metrics = time.monotonic() + LONGEST_SECONDS, run_dir / "metrics.jsonl"
+    while not (metrics.exists() and "reward/mean" in metrics.read_text()):
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(asked)
+    printed, errors = process.communicate(timeout=120)
+    assert process.returncode == code, printed + errors
+    assert "Traceback" not in printed + errors
+    _assert_all_gone(run_dir)
+
+
+def _rollout(sglang_python: str, transport: str) -> dict:
+    sglang = {"python": sglang_python, "transport": transport, "timeout_seconds": 60}
+    return {"engine": "sglang", "sglang": sglang}
+
+
+def _start(*arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "grpo_mega", "train", *arguments],
+        cwd=ROOT,
+        env={name: value for name, value in os.environ.items() if not name.startswith("RANK")},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def _assert_all_gone(run_dir: Path) -> None:
+    deadline = time.monotonic() + 15
     while mine := _processes_about(run_dir):
         assert time.monotonic() < deadline, mine
         time.sleep(0.2)
