@@ -26,7 +26,9 @@ def test_a_server_that_dies_as_it_takes_weights_is_replaced(owner: Owner, model:
     engine = owner.engine
     engine.load(model.first)
     pid, restarts = owner.pid, owner.pool.restarts
-    kind, whole, killed = type(engine._transport), type(engine._transport).send, list[int]()
+    assert engine._transport is not None
+    kind, killed = type(engine._transport), list[int]()
+    whole = kind.send
 
     def dying(self: transports.Transport, bucket: transports.NamedTensors) -> None:
         if not killed:
