@@ -4,6 +4,11 @@ it."""
 from __future__ import annotations
 
 import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 USER_ERROR_EXIT_CODE = 2
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -45,13 +50,39 @@ def _rebuild(what: str, where: str | None, law: str | None, remedy: str | None) 
     return UserError(what, where=where, law=law, remedy=remedy)
 
 
-def as_users_see_it(error: Exception) -> Exception:
-    """A full disk is no fault of the program's, wherever it was met."""
-    if isinstance(error, OSError) and error.errno in DISK_FULL:
-        named = f"{error.filename}: " if error.filename else ""
+def as_users_see_it(error: Exception, run_dir: Path | None = None) -> Exception:
+    """A full disk is no fault of the program's, wherever it was met. `run_dir`: what was being written to."""
+    if _says_disk_full(error):
+        named = f"{error.filename}: " if isinstance(error, OSError) and error.filename else ""
         return UserError(
-            f"no room left on the disk: {named}{error.strerror}",
+            f"no room left on the disk: {named}{getattr(error, 'strerror', None) or error}",
+            where=None if run_dir is None else f"run.dir = {run_dir}{_free(run_dir)}",
             law="a run writes metrics, checkpoints and its model into run.dir",
             remedy="make room, or set run.dir to another disk; --resume goes on from the newest checkpoint",
         )
     return error
+
+
+@contextmanager
+def naming_the_disk(run_dir: Path) -> Iterator[None]:
+    """What is done here writes to `run_dir`; a full disk is told with its name."""
+    try:
+        yield
+    except Exception as error:
+        seen = as_users_see_it(error, run_dir)
+        if seen is error:
+            raise
+        raise seen from error
+
+
+def _free(directory: Path) -> str:
+    with suppress(OSError):
+        return f" ({shutil.disk_usage(directory).free / 1e9:.2f} GB free)"
+    return ""
+
+
+def _says_disk_full(error: Exception) -> bool:
+    """Libraries that write files in other languages have the system's words only."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return not isinstance(error, UserError) and any(os.strerror(code) in str(error) for code in DISK_FULL)

@@ -140,5 +140,8 @@ def test_a_line_that_is_no_record_is_named(tmp_path: Path, line: str):
 def test_a_full_disk_is_no_fault_of_the_programs():
     error = as_users_see_it(OSError(errno.ENOSPC, "No space left on device", "runs/a/hf"))
     assert isinstance(error, UserError) and "runs/a/hf" in str(error)
+    elsewhere = RuntimeError("Error while serializing: I/O error: No space left on device (os error 28)")
+    error = as_users_see_it(elsewhere, Path("runs/a"))
+    assert isinstance(error, UserError) and "runs/a" in str(error.where)
     other = OSError(errno.EIO, "Input/output error")
     assert as_users_see_it(other) is other
