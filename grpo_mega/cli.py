@@ -15,9 +15,10 @@ import typer
 
 from grpo_mega import doctor, launch, loss_commands, slurm_command
 from grpo_mega.checkpoints import complete_checkpoints
-from grpo_mega.errors import UserError
+from grpo_mega.errors import UserError, naming_the_disk
 from grpo_mega.model_shape import ModelShape, local_model_directory
-from grpo_mega.plan import check_layout, check_world_size, make_plan, render_plan
+from grpo_mega.plan import check_layout, check_world_size, make_plan
+from grpo_mega.plan_text import render_plan
 from grpo_mega.recipe import Recipe, dump_resolved, load_recipe, render_resolved
 from grpo_mega.rollout_files import RolloutFiles
 
@@ -108,13 +109,14 @@ def train(
     goes_on = resume and bool(complete_checkpoints(recipe.run.dir / "checkpoints"))
 
     def worker() -> None:
-        if rollout_only:
-            from grpo_mega.rollout_only import run_rollouts
+        with naming_the_disk(recipe.run.dir):
+            if rollout_only:
+                from grpo_mega.rollout_only import run_rollouts
 
-            return run_rollouts(recipe, files, quiet=quiet)
-        from grpo_mega.train import run
+                return run_rollouts(recipe, files, quiet=quiet)
+            from grpo_mega.train import run
 
-        return run(recipe, resume=goes_on, quiet=quiet, files=files)
+            return run(recipe, resume=goes_on, quiet=quiet, files=files)
 
     _start(recipe, worker, verbose)
 
@@ -224,7 +226,8 @@ def data(
 def plan(recipe_path: RecipePath, overrides: Overrides = None) -> None:
     """Show ranks, batch, parameters and memory without starting anything."""
     recipe = load_recipe(recipe_path, overrides or ()).recipe
-    typer.echo(render_plan(make_plan(recipe, shape=shape_of(recipe))), nl=False)
+    made = make_plan(recipe, shape=shape_of(recipe), critic_shape=critic_shape_of(recipe))
+    typer.echo(render_plan(made), nl=False)
 
 
 @app.command()
@@ -244,6 +247,8 @@ app.command("slurm")(slurm_command.slurm)
 def check_recipe(recipe: Recipe) -> None:
     """The laws that need more than the recipe: the model it names and the processes that are there."""
     check_layout(recipe, shape_of(recipe))
+    if (critic_shape := critic_shape_of(recipe)) is not None:
+        check_layout(recipe, critic_shape)
     if launch.inside_launcher():
         check_world_size(recipe, int(os.environ["WORLD_SIZE"]))
 
@@ -254,6 +259,12 @@ def shape_of(recipe: Recipe) -> ModelShape:
         return ModelShape.from_hf_directory(local_model_directory(model.hf))
     assert model.scratch is not None
     return ModelShape.from_scratch(model.scratch, _scratch_vocab(recipe))
+
+
+def critic_shape_of(recipe: Recipe) -> ModelShape | None:
+    """Of a model of the critic's own."""
+    named = recipe.critic.hf if recipe.critic.kind != "none" else None
+    return None if named is None else ModelShape.from_hf_directory(local_model_directory(named))
 
 
 def _scratch_vocab(recipe: Recipe) -> int:

@@ -1,6 +1,6 @@
 """What a recipe will do to a set of ranks, before any of them starts: places, batch, parameters, memory.
 
-Pure: no torch, no processes, nothing but arithmetic. `render_plan` prints it.
+Pure: no torch, no processes, nothing but arithmetic. `plan_text.render_plan` prints it.
 """
 
 from __future__ import annotations
@@ -11,29 +11,17 @@ from dataclasses import dataclass
 
 from grpo_mega.errors import UserError
 from grpo_mega.model_shape import ModelShape
+from grpo_mega.plan_memory import Stage, critic_stage, longest_sequence, padded_vocab, policy_stage
 from grpo_mega.recipe.schema import Recipe
 
 __all__ = [
-    "Memory",
     "ModelShape",
     "Plan",
     "RankPlace",
-    "Stage",
     "check_layout",
     "check_world_size",
     "make_plan",
-    "render_plan",
 ]
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
-GRADIENT_BYTES = 4
-"""Gradients are accumulated and reduced in float32."""
-ADAM_BYTES = 8
-"""Two float32 moments."""
-MAIN_PARAMETER_BYTES = 4
-"""A float32 copy of the weights, where these are bfloat16."""
-LOGIT_BYTES = 4
-"""Log-probabilities are computed in float32."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,33 +40,9 @@ class RankPlace:
 
 
 @dataclass(frozen=True, slots=True)
-class Memory:
-    """Bytes on one rank, without activations and the allocator's own."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    reference: int  # the frozen model of the KL penalty
-    sampler: int  # the local rollout engine: its whole model, keys and values of one batch at full length
-    logits: int  # of one micro-batch
-
-    @property
-    def total(self) -> int:
-        return self.weights + self.gradients + self.optimizer + self.reference + self.sampler + self.logits
-
-
-@dataclass(frozen=True, slots=True)
-class Stage:
-    """What each rank of a pipeline stage holds. `chunks` are its layers, one range for each virtual stage."""
-
-    chunks: tuple[range, ...]
-    parameters: int
-    memory: Memory
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """Everything `render_plan` shows. Without a model shape, `stages` is empty and `parameters` None."""
+    """Everything `render_plan` shows. Without a model shape, `stages` is empty and `parameters` None; without
+    a critic, `critic_shape` is None and `critic_stages` empty."""
 
     recipe: Recipe
     shape: ModelShape | None
@@ -86,6 +50,8 @@ class Plan:
     prompts_per_dp_rank: tuple[int, ...]
     parameters: int | None
     stages: tuple[Stage, ...]
+    critic_shape: ModelShape | None
+    critic_stages: tuple[Stage, ...]
     notes: tuple[str, ...]
 
     @property
@@ -97,18 +63,25 @@ class Plan:
         return sum(self.samples_per_dp_rank)
 
 
-def make_plan(recipe: Recipe, *, shape: ModelShape | None) -> Plan:
-    """The plan of a run; a layout that breaks a law is a UserError. Without a shape, sizes are left out."""
-    if shape is not None:
-        check_layout(recipe, shape)
-    pp = recipe.parallel.pp
+def make_plan(recipe: Recipe, *, shape: ModelShape | None, critic_shape: ModelShape | None = None) -> Plan:
+    """The plan of a run; a layout that breaks a law is a UserError. Without a shape, sizes are left out.
+    `critic_shape`: of critic.hf; a critic without one has the policy's."""
+    critic_shape = None if recipe.critic.kind == "none" else critic_shape or shape
+    for each in (shape, critic_shape):
+        if each is not None:
+            check_layout(recipe, each)
+    stages = range(recipe.parallel.pp)
     return Plan(
         recipe=recipe,
         shape=shape,
         ranks=tuple(place_of(recipe, rank) for rank in range(recipe.parallel.world_size)),
         prompts_per_dp_rank=_shares(recipe.rollout.prompts_per_step, recipe.parallel.dp),
         parameters=None if shape is None else shape.parameters,
-        stages=() if shape is None else tuple(_stage(recipe, shape, index) for index in range(pp)),
+        stages=() if shape is None else tuple(policy_stage(recipe, shape, index) for index in stages),
+        critic_shape=critic_shape,
+        critic_stages=()
+        if critic_shape is None
+        else tuple(critic_stage(recipe, critic_shape, index) for index in stages),
         notes=tuple(_notes(recipe)),
     )
 
@@ -119,15 +92,6 @@ def place_of(recipe: Recipe, rank: int) -> RankPlace:
     pp, replica = divmod(rest, parallel.cp * parallel.dp)
     dp, cp = divmod(replica, parallel.cp)
     return RankPlace(rank=rank, tp=tp, cp=cp, dp=dp, pp=pp, ep=replica % parallel.ep)
-
-
-def padded_vocab(recipe: Recipe, shape: ModelShape) -> int:
-    multiple = recipe.model.vocab_multiple
-    return math.ceil(shape.vocab / multiple) * multiple
-
-
-def longest_sequence(recipe: Recipe) -> int:
-    return recipe.data.max_prompt_tokens + recipe.rollout.max_new_tokens
 
 
 def check_world_size(recipe: Recipe, world_size: int) -> None:
@@ -185,51 +149,6 @@ def _divisions(recipe: Recipe, shape: ModelShape) -> Iterator[tuple[str, int, st
     yield "the number of layers", shape.layers, "parallel.pp x parallel.vpp", parallel.pp * parallel.vpp
 
 
-def _stage(recipe: Recipe, shape: ModelShape, index: int) -> Stage:
-    parallel = recipe.parallel
-    per_chunk = shape.layers // (parallel.pp * parallel.vpp)
-    starts = [(chunk * parallel.pp + index) * per_chunk for chunk in range(parallel.vpp)]
-    layers = per_chunk * parallel.vpp
-    first, last = index == 0, index == parallel.pp - 1
-    table = padded_vocab(recipe, shape) // parallel.tp * shape.hidden
-    tables = int(first) + int(last)
-    if shape.tie_embeddings and first and last:
-        tables = 1  # one table serves both ends only where both ends are on one rank
-    dense = layers * shape.dense_layer_parameters(parallel.tp) + tables * table + int(last) * shape.hidden
-    experts = layers * shape.expert_layer_parameters(parallel.tp, parallel.ep)
-    return Stage(
-        chunks=tuple(range(start, start + per_chunk) for start in starts),
-        parameters=dense + experts,
-        memory=_memory(recipe, shape, dense=dense, experts=experts, last=last),
-    )
-
-
-def _memory(recipe: Recipe, shape: ModelShape, *, dense: int, experts: int, last: bool) -> Memory:
-    parallel, size = recipe.parallel, DTYPE_BYTES[recipe.model.dtype]
-    parameters = dense + experts
-    # The distributed optimizer shards what it keeps over the ranks that hold the same parameters.
-    replicas = parallel.dp * parallel.cp
-    owned = math.ceil(dense / replicas) + math.ceil(experts / (replicas // parallel.ep))
-    main = MAIN_PARAMETER_BYTES if recipe.model.dtype == "bfloat16" else 0
-    held_reference = recipe.loss.kl.coef > 0 and recipe.loss.kl.reference_on == "device"
-    tokens = max(recipe.train.micro_batch_tokens, longest_sequence(recipe))
-    return Memory(
-        weights=parameters * size,
-        gradients=parameters * GRADIENT_BYTES,
-        optimizer=owned * (ADAM_BYTES + main),
-        reference=parameters * size if held_reference else 0,
-        sampler=_local_sampler_bytes(recipe, shape) if recipe.rollout.engine == "local" else 0,
-        logits=tokens * padded_vocab(recipe, shape) // parallel.tp * LOGIT_BYTES if last else 0,
-    )
-
-
-def _local_sampler_bytes(recipe: Recipe, shape: ModelShape) -> int:
-    size, rollout = DTYPE_BYTES[recipe.model.dtype], recipe.rollout
-    tokens = rollout.prompts_per_batch * rollout.group_size * longest_sequence(recipe)
-    keys_and_values = 2 * shape.layers * shape.kv_heads * shape.head_dim * tokens
-    return (shape.parameters + keys_and_values) * size
-
-
 def _shares(count: int, parts: int) -> tuple[int, ...]:
     """`count` things dealt to `parts` as evenly as possible, the first ones getting the rest."""
     return tuple(count // parts + (index < count % parts) for index in range(parts))
@@ -259,76 +178,3 @@ def _notes(recipe: Recipe) -> Iterator[str]:
             f"the longest sequence (data.max_prompt_tokens + rollout.max_new_tokens = {longest}) exceeds "
             f"train.micro_batch_tokens ({budget}): such a sequence is a micro-batch of its own"
         )
-
-
-def render_plan(plan: Plan) -> str:
-    """The plan as text: layout, batch, and where a shape is known, layers, parameters and memory."""
-    sections = [_render_layout(plan), _render_batch(plan)]
-    if plan.shape is not None:
-        sections.append(_render_stages(plan, plan.shape))
-    if plan.notes:
-        sections.append(["notes", *(f"  - {note}" for note in plan.notes)])
-    return "\n\n".join("\n".join(section) for section in sections) + "\n"
-
-
-_MAX_GRID_ROWS = 32
-
-
-def _render_layout(plan: Plan) -> list[str]:
-    parallel = plan.recipe.parallel
-    sizes = " x ".join(f"{name} {getattr(parallel, name)}" for name in ("tp", "cp", "dp", "pp"))
-    rows = [["ranks", "tp", "cp", "dp", "ep", "pp"]]
-    for start in plan.ranks[:: parallel.tp][:_MAX_GRID_ROWS]:
-        last = start.rank + parallel.tp - 1
-        ranks = str(start.rank) if parallel.tp == 1 else f"{start.rank}-{last}"
-        tp = "0" if parallel.tp == 1 else f"0-{parallel.tp - 1}"
-        rows.append([ranks, tp, *(str(part) for part in (start.cp, start.dp, start.ep, start.pp))])
-    left_out = len(plan.ranks) // parallel.tp - (len(rows) - 1)
-    more = [f"  ... and {left_out} more rows in the same order"] if left_out else []
-    return [f"layout: {len(plan.ranks)} ranks = {sizes}", *_table(rows), *more]
-
-
-def _render_batch(plan: Plan) -> list[str]:
-    recipe = plan.recipe
-    prompts, samples = plan.prompts_per_dp_rank, plan.samples_per_dp_rank
-    updates = recipe.train.updates_per_batch
-    return [
-        f"batch: {recipe.rollout.prompts_per_step} prompts x {recipe.rollout.group_size} samples"
-        f" = {plan.samples_per_step} samples a step, {updates} update{'s' * (updates > 1)} on them",
-        f"  each data-parallel rank: {_span(prompts)} prompts, {_span(samples)} samples",
-        f"  micro-batches of at most {recipe.train.micro_batch_tokens:,} tokens,"
-        f" sequences of at most {longest_sequence(recipe):,}",
-    ]
-
-
-def _render_stages(plan: Plan, shape: ModelShape) -> list[str]:
-    memory_names = ("weights", "gradients", "optimizer", "reference", "sampler", "logits", "total")
-    rows = [["pp", "layers", "parameters", *memory_names]]
-    for index, stage in enumerate(plan.stages):
-        layers = ", ".join(f"{chunk.start}-{chunk.stop - 1}" for chunk in stage.chunks)
-        sizes = [human_bytes(getattr(stage.memory, name)) for name in memory_names]
-        rows.append([str(index), layers, f"{stage.parameters:,}", *sizes])
-    return [
-        f"model: {shape.family}, {plan.parameters:,} parameters, {shape.layers} layers; each rank holds",
-        *_table(rows),
-        "  (activations and the allocator's own are not in the total)",
-    ]
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  " + "  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths, strict=True)) for row in rows
-    ]
-
-
-def _span(values: tuple[int, ...]) -> str:
-    return str(values[0]) if min(values) == max(values) else f"{min(values)} to {max(values)}"
-
-
-def human_bytes(count: int) -> str:
-    """Example: human_bytes(3_221_225_472) == "3.0 GiB"."""
-    size, units = float(count), ["B", "KiB", "MiB", "GiB", "TiB"]
-    while size >= 1024 and len(units) > 1:
-        size, units = size / 1024, units[1:]
-    return f"{size:.0f} B" if units[0] == "B" else f"{size:.1f} {units[0]}"

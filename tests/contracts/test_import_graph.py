@@ -20,7 +20,9 @@ LAYERS = (
     ("types", "recipe"),
     ("monitor.histogram",),
     ("model_shape", "checkpoints"),
+    ("plan_memory",),
     ("plan",),
+    ("plan_text",),
     ("kernels", "monitor.metrics"),  # the vocabulary of metrics is below those who measure
     ("algo",),
     ("data", "reward", "rollout", "engine", "sync", "monitor"),
@@ -62,7 +64,7 @@ TORCH_FREE = (
     "errors",
     "recipe",
     "model_shape",
-    "plan",
+    "plan_text",
     "algo.innovations",
     "doctor_run",
     "cli",

@@ -11,6 +11,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModel
 
+from grpo_mega.model_shape import ModelShape
+from grpo_mega.plan import make_plan
+from grpo_mega.recipe import Recipe
 from grpo_mega.recipe.blocks import ParallelBlock
 from grpo_mega.recipe.critic_block import CriticBlock
 from tests import tiny
@@ -279,3 +282,22 @@ def test_updates_tell_teachers_from_students(model, ranks) -> None:
     assert first[-1]["critic/teacher_wins"] == 1.0 > first[0]["critic/teacher_wins"]
     assert first[-1]["critic/d_loss"] < 0.7 * first[0]["critic/d_loss"]
     assert first[0]["critic/grad_norm"] > 0.5 == first[0]["critic/grad_norm_after_clip"]
+
+
+def _parameters_of(directory: Path, options: dict[str, Any]) -> tuple[int, int]:
+    engine = build(directory, options, BLOCK)
+    return engine.layout.pp_rank, sum(p.numel() for chunk in engine.chunks for p in chunk.parameters())
+
+
+def test_a_rank_holds_what_the_plan_says(model, ranks):
+    options = {"tp": 2, "pp": 2}
+    content = {
+        "model": {"hf": str(model), "vocab_multiple": 8},
+        "data": {"task": "sort_digits"},
+        "critic": {"kind": "value"},
+        "advantage": {"estimator": "gae"},
+        "parallel": options,
+    }
+    plan = make_plan(Recipe.model_validate(content), shape=ModelShape.from_hf_directory(model))
+    for stage, held in ranks(4).run(_parameters_of, model, options):
+        assert held == plan.critic_stages[stage].parameters

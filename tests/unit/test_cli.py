@@ -226,6 +226,15 @@ def test_plan_shows_ranks(recipe: Path):
     assert invoke("plan", recipe, "parallel.tp=2").startswith("layout: 2 ranks")
 
 
+def test_plan_shows_the_critic(recipe: Path, tmp_path: Path):
+    content = yaml.safe_load(recipe.read_text())
+    content |= {"critic": {"kind": "value"}, "advantage": {"estimator": "gae"}}
+    recipe.write_text(yaml.safe_dump(content))
+    assert "critic (value): qwen2" in invoke("plan", recipe)
+    with pytest.raises(UserError, match="nowhere"):
+        invoke("plan", recipe, f"critic.hf={tmp_path / 'nowhere'}")
+
+
 def test_report_draws_the_curves(tmp_path: Path):
     writer = MetricsWriter(tmp_path)
     writer.write(StepReport(step=0, stage="grpo", metrics={"reward/mean": 0.5}), 0)

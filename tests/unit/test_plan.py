@@ -12,12 +12,23 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from grpo_mega.errors import UserError
-from grpo_mega.plan import ModelShape, RankPlace, check_layout, check_world_size, make_plan, render_plan
+from grpo_mega.plan import ModelShape, RankPlace, check_layout, check_world_size, make_plan
+from grpo_mega.plan_text import render_plan
 from grpo_mega.recipe import Recipe
 from grpo_mega.recipe.blocks import ScratchModel
 
 SHAPE = ModelShape("qwen2", 4, 64, 8, 4, 8, 96, 100, tie_embeddings=False, rope_theta=1e4, max_positions=64)
 MOE = dataclasses.replace(SHAPE, family="qwen3_moe", experts=8, experts_per_token=2, moe_ffn=32)
+
+NUMBERS = 4 * 64 + (64 + 2 * 32) + 64 + 3 * 96
+"""Of a token and a layer: around the norms; q, k and v; what attention gives; gate, up and their product."""
+
+VALUE = {"critic": {"kind": "value"}, "advantage": {"estimator": "gae"}}
+DISCRIMINATOR = {
+    "critic": {"kind": "discriminator"},
+    "stages": [{"warmup": {"steps": 1}}, {"adversarial": {"steps": 1}}],
+    "reward": [{"discriminator": {}}],
+}
 
 
 def recipe(**blocks: Any) -> Recipe:
@@ -122,6 +133,7 @@ def test_memory_of_a_bfloat16_run() -> None:
     assert memory.logits == 4 * 2000 * 128
     # 8 prompts x 8 samples of 1024 + 16 tokens; a key and a value of 4 x 8 numbers in each of 4 layers
     assert memory.sampler == 2 * (SHAPE.parameters + 64 * 1040 * 2 * 4 * 4 * 8)
+    assert memory.activations == 2 * 4 * 2000 * NUMBERS
     assert memory.total == sum(dataclasses.astuple(memory))
 
 
@@ -131,6 +143,68 @@ def test_memory_of_a_float32_run() -> None:
     memory = make_plan(recipe(**blocks), shape=SHAPE).stages[0].memory
     assert memory.optimizer == 2 * memory.weights == 2 * memory.gradients
     assert memory.reference == 0
+
+
+@pytest.mark.parametrize(
+    ("layout", "recompute", "numbers"),
+    [  # tensor ranks share out matrices, and norms only under sequence parallelism
+        ({"tp": 2}, "none", 4 * 64 + (128 + 64 + 288) // 2),
+        ({"tp": 2, "sequence_parallel": True}, "none", NUMBERS // 2),
+        ({"cp": 2}, "none", NUMBERS // 2),  # half of the tokens
+        ({}, "full", 64),  # a layer's input
+        ({"tp": 2, "sequence_parallel": True}, "full", 32),
+    ],
+)
+def test_activations_of_a_layout(layout: dict[str, Any], recompute: str, numbers: int) -> None:
+    blocks = {"parallel": layout, "model": {"hf": "m", "recompute": recompute}}
+    (stage,) = make_plan(recipe(**blocks, train={"micro_batch_tokens": 2000}), shape=SHAPE).stages
+    assert stage.memory.activations == 2 * 4 * 2000 * numbers
+
+
+def test_activations_of_a_tokens_experts() -> None:
+    (stage,) = make_plan(recipe(train={"micro_batch_tokens": 2000}), shape=MOE).stages
+    experts = 2 * (64 + 3 * 32)  # each gets the token and has an inner width of 32
+    assert stage.memory.activations == 2 * 4 * 2000 * (NUMBERS - 3 * 96 + experts)
+
+
+@pytest.mark.parametrize("kind", [VALUE, DISCRIMINATOR], ids=["value", "discriminator"])
+def test_memory_of_a_critic(kind: dict[str, Any]) -> None:
+    """A layer: q, o and k, v of 64 x (64 + 32), biases 64 + 2 x 32, two norms, three of 64 x 96: 30,976. One
+    table of 128 x 64, the last norm, a head of 64 + 1."""
+    plan = make_plan(recipe(parallel={"dp": 2}, train={"micro_batch_tokens": 2000}, **kind), shape=SHAPE)
+    (stage,) = plan.critic_stages
+    assert stage.parameters == 4 * 30_976 + 8192 + 64 + 65 == 132_225
+    memory = stage.memory
+    assert (memory.weights, memory.gradients) == (2 * 132_225, 4 * 132_225)
+    assert memory.optimizer == 12 * 66_113  # one of two ranks has the odd one
+    assert memory.activations == 2 * 4 * 2000 * NUMBERS
+    assert memory.reference == memory.sampler == memory.logits == 0
+    policy = plan.stages[0].memory
+    both = policy.total + memory.total - memory.activations  # one learns after the other
+    assert memory.beside(policy) == both
+
+
+def test_the_critic_of_a_pipeline_has_its_table_first_and_its_head_last() -> None:
+    stages = make_plan(recipe(parallel={"pp": 2}, **VALUE), shape=SHAPE).critic_stages
+    assert [stage.parameters for stage in stages] == [2 * 30_976 + 8192, 2 * 30_976 + 64 + 65]
+    assert [stage.chunks for stage in stages] == [(range(0, 2),), (range(2, 4),)]
+
+
+def test_a_critic_of_another_size() -> None:
+    small = dataclasses.replace(SHAPE, layers=2)
+    plan = make_plan(recipe(**VALUE), shape=SHAPE, critic_shape=small)
+    assert plan.critic_stages[0].parameters == 2 * 30_976 + 8192 + 64 + 65
+    assert plan.stages == make_plan(recipe(), shape=SHAPE).stages
+    with pytest.raises(UserError, match="number of layers = 2"):
+        make_plan(recipe(parallel={"pp": 4}, **VALUE), shape=SHAPE, critic_shape=small)
+
+
+def test_the_critic_stands_beside_the_policy_in_the_text() -> None:
+    text = render_plan(make_plan(recipe(**VALUE), shape=SHAPE))
+    parameters = 4 * 30_976 + 100 * 64 + 64 + 65  # without padding
+    assert f"critic (value): qwen2, {parameters:,} parameters, 4 layers" in text
+    assert "with the policy" in text
+    assert "critic" not in render_plan(make_plan(recipe(), shape=SHAPE))
 
 
 def test_a_plan_without_a_shape_leaves_sizes_out() -> None:
