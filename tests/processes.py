@@ -8,22 +8,26 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from grpo_mega.lifetime import die_with_parent
+from tests.ranks import reserved_port
+
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["grpo_mega.train", "tests.tiny"])
+_FORKS.set_forkserver_preload(["tests.ends_with_parent", "grpo_mega.train", "tests.tiny"])
 LONGEST_SECONDS = 240
 
 
 def run_ranks(size: int, work: Callable[..., None], *arguments: Any) -> list[int]:
     """`work(*arguments)` on each of `size` joined ranks; their exit codes. When one is killed all are, as by
     a machine that goes down."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    with reserved_port() as port:
+        return _run(size, port, work, arguments)
+
+
+def _run(size: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> list[int]:
     ranks = [
         _FORKS.Process(target=_rank, args=(rank, size, port, work, arguments), daemon=False)
         for rank in range(size)
@@ -46,6 +50,7 @@ def run_ranks(size: int, work: Callable[..., None], *arguments: Any) -> list[int
 
 
 def _rank(rank: int, size: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> None:
+    die_with_parent()
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
     os.environ.update({name: str(value) for name, value in place.items()})
     os.environ.update({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"})

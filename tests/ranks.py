@@ -9,17 +9,22 @@ import multiprocessing
 import os
 import socket
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
 ANSWER_TIMEOUT_SECONDS = 240
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def reserved_port() -> Iterator[int]:
+    """A port that the system gives to nobody who asks for a free one. Ranks may listen there all the same:
+    their store shares the address, as this socket does, and this one does not listen."""
+    with socket.socket() as holder:
+        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        holder.bind(("", 0))
+        yield holder.getsockname()[1]
 
 
 class RankPool:
@@ -43,9 +48,18 @@ class RankPool:
 
     def run(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> list[Any]:
         """Raises AssertionError with every failed rank's traceback; the pool is then new."""
-        port = free_port()
-        for pipe in self._pipes:
-            pipe.send((port, function, args, kwargs))
+        with reserved_port() as port:
+            for pipe in self._pipes:
+                pipe.send((port, function, args, kwargs))
+            results, failures = self._answers()
+        if failures:
+            self.close()
+            self._start()
+            raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
+        return results
+
+    def _answers(self) -> tuple[list[Any], dict[int, str]]:
+        """Results by rank, and what went wrong: of a rank that gives no answer at all, under -1."""
         results: list[Any] = [None] * self.size
         failures: dict[int, str] = {}
         waiting = {pipe: rank for rank, pipe in enumerate(self._pipes)}
@@ -65,11 +79,7 @@ class RankPool:
                     results[rank] = value
                 else:
                     failures[rank] = value
-        if failures:
-            self.close()
-            self._start()
-            raise AssertionError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(failures.items())))
-        return results
+        return results, failures
 
     def close(self) -> None:
         for process in self._processes:

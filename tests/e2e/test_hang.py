@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from tests import tiny
-from tests.ranks import free_port
+from tests.ranks import reserved_port
 
 
 def test_a_rank_that_never_came_is_named(tmp_path: Path):
@@ -18,15 +18,16 @@ def test_a_rank_that_never_came_is_named(tmp_path: Path):
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe))
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    done = subprocess.run(
-        [sys.executable, "-m", "grpo_mega", "train", str(path)],
-        env={**os.environ, **place, **meeting},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    with reserved_port() as port:
+        meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        done = subprocess.run(
+            [sys.executable, "-m", "grpo_mega", "train", str(path)],
+            env={**os.environ, **place, **meeting},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
     assert done.returncode == 85, done.stderr
     assert "rank 0: nothing finished in 0.05 minutes" in done.stderr
     assert "  rank 1: missing; left no stack" in done.stderr
