@@ -19,7 +19,6 @@ import logging
 import os
 import re
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -37,6 +36,7 @@ import psutil
 from grpo_mega.errors import USER_ERROR_EXIT_CODE, UserError, as_users_see_it
 from grpo_mega.lifetime import LAUNCH_FOLDER, REQUEUE_EXIT_CODE, die_with_parent, note
 from grpo_mega.monitor.console import print_error, print_plain
+from grpo_mega.ports import reserved_port
 
 CRASH_EXIT_CODE = 1
 FAILURE_GRACE_SECONDS = 10
@@ -100,8 +100,9 @@ def run_distributed(
         worker()
         return 0
     if world_size == 1:
-        os.environ.update(_quiet_numerics(verbose) | _lone_rank())
-        worker()
+        with reserved_port() as port:
+            os.environ.update(_quiet_numerics(verbose) | _lone_rank(port))
+            worker()
         return 0
     return _launch(world_size, command, verbose)
 
@@ -202,10 +203,7 @@ def _claim_failure() -> bool:
     return True
 
 
-def _lone_rank() -> dict[str, str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def _lone_rank(port: int) -> dict[str, str]:
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
     return place | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from grpo_mega.lifetime import die_with_parent
-from tests.ranks import reserved_port
+from grpo_mega.ports import reserved_port
 
 _FORKS = multiprocessing.get_context("forkserver")
 _FORKS.set_forkserver_preload(["tests.ends_with_parent", "grpo_mega.train", "tests.tiny"])

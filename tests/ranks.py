@@ -7,24 +7,14 @@ from __future__ import annotations
 import gc
 import multiprocessing
 import os
-import socket
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from grpo_mega.ports import reserved_port
+
 ANSWER_TIMEOUT_SECONDS = 240
-
-
-@contextmanager
-def reserved_port() -> Iterator[int]:
-    """A port that the system gives to nobody who asks for a free one. Ranks may listen there all the same:
-    their store shares the address, as this socket does, and this one does not listen."""
-    with socket.socket() as holder:
-        holder.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        holder.bind(("", 0))
-        yield holder.getsockname()[1]
 
 
 class RankPool:

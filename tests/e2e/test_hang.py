@@ -9,8 +9,8 @@ from pathlib import Path
 
 import yaml
 
+from grpo_mega.ports import reserved_port
 from tests import tiny
-from tests.ranks import reserved_port
 
 
 def test_a_rank_that_never_came_is_named(tmp_path: Path):
