@@ -1,76 +1,99 @@
-"""What W&B costs a step, also when its server is away, fails or dawdles.
+"""What W&B costs a step, also when its server is away, fails, dawdles or dies.
 
-python tools/bench_trackers.py           # a table of step times, relative to metrics.jsonl alone
-python tools/bench_trackers.py --steps 40 --rounds 8
+python -m tools.bench_trackers           # a table of step times, relative to metrics.jsonl alone
+python -m tools.bench_trackers --steps 40 --rounds 8
 
-A step is matrix products of about a tenth of a second and one report of 120 metrics. All is done in one
-process, metrics.jsonl alone before and after each variant; the best round of each counts.
+A step is matrix products of about a tenth of a second and one report of 120 metrics. Each variant has a
+process of its own, its server is in another one, and metrics.jsonl alone is measured before and after; the
+best round of each counts. The rounds of a server that dies are those after its death. On a busy machine the
+clock says little; the processor's time of the training thread is what that thread does itself.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
+import multiprocessing
 import os
 import tempfile
 import threading
 import time
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
 from pathlib import Path
 
 import torch
 
-from grpo_mega.monitor.trackers import open_trackers
+from grpo_mega.monitor.trackers import Trackers, open_trackers
 from grpo_mega.types import StepReport
+from tests.wandb_server import DUMMY_KEY, Health, WandbServer
 
 METRICS = {f"actor/metric_{index}": float(index) for index in range(120)}
 SLOW_SECONDS = 5.0
+CONNECT_SECONDS = 300.0
+NOBODY = "http://127.0.0.1:9"
 
 
-class Failing(BaseHTTPRequestHandler):
-    def do_POST(self) -> None:
-        self.send_response(500)
-        self.end_headers()
-
-    do_GET = do_POST
-
-    def log_message(self, format: str, *args: object) -> None: ...
+@dataclass(frozen=True)
+class Variant:
+    name: str
+    health: Health | None = None  # None: there is no server
+    mode: str = "online"
+    dies: bool = False
 
 
-class Slow(Failing):
-    def do_POST(self) -> None:
-        time.sleep(SLOW_SECONDS)
-        super().do_POST()
-
-    do_GET = do_POST
-
-
-def serve(handler: type[BaseHTTPRequestHandler]) -> str:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    return f"http://127.0.0.1:{server.server_port}"
+VARIANTS = (
+    Variant("offline", mode="offline"),
+    Variant("server healthy", health="healthy"),
+    Variant("server away"),
+    Variant("server answers 500", health="error 500"),
+    Variant("server answers after 5 s", health="slow"),
+    Variant("server dies in the run", health="healthy", dies=True),
+)
 
 
-def work() -> Callable[[], None]:
-    left, right = torch.rand(640, 640), torch.rand(640, 640)
+@dataclass(frozen=True)
+class Cost:
+    """Seconds a step, reporting included."""
 
-    def step() -> None:
-        value = left
+    clock: float
+    processor: float  # of the thread that trains
+
+    def least(self, other: Cost) -> Cost:
+        return Cost(min(self.clock, other.clock), min(self.processor, other.processor))
+
+
+class Workload:
+    """Steps that are reported; their numbers grow."""
+
+    def __init__(self, trackers: Trackers):
+        self._trackers, self._number = trackers, 0
+        self._left, self._right = torch.rand(640, 640), torch.rand(640, 640)
+
+    def step(self) -> None:
+        value = self._left
         for _ in range(24):
-            value = torch.tanh(value @ right)
+            value = torch.tanh(value @ self._right)
+        self._number += 1
+        self._trackers.write(StepReport(self._number, "grpo", METRICS), self._number)
 
-    return step
+    def best(self, steps: int, rounds: int) -> Cost:
+        best = Cost(math.inf, math.inf)
+        for _ in range(rounds):
+            clock, processor = time.perf_counter(), time.thread_time()
+            for _ in range(steps):
+                self.step()
+            clock, processor = time.perf_counter() - clock, time.thread_time() - processor
+            best = best.least(Cost(clock / steps, processor / steps))
+        return best
 
 
-def measure(steps: int, rounds: int, url: str | None, mode: str, names: tuple[str, ...]) -> float:
-    """The best round's seconds a step, reporting included."""
-    os.environ["WANDB_MODE"] = mode
-    if url is not None:
-        os.environ.update({"WANDB_BASE_URL": url, "WANDB_API_KEY": "0" * 40})
-    step, best = work(), float("inf")
+def measure(tracker: str, steps: int, rounds: int, meet: Callable[[Workload], None]) -> Cost:
+    """`meet`: what is done before the rounds that count."""
     with tempfile.TemporaryDirectory() as folder:
         trackers = open_trackers(
-            names,
+            (tracker,),
             Path(folder),
             resume_step=0,
             project="bench",
@@ -79,25 +102,64 @@ def measure(steps: int, rounds: int, url: str | None, mode: str, names: tuple[st
             say=lambda _: None,
         )
         trackers.start({}, resumed_from_step=None)
-        number = 0
-        for _ in range(rounds):
-            began = time.perf_counter()
-            for _ in range(steps):
-                step()
-                number += 1
-                trackers.write(StepReport(number, "grpo", METRICS), number)
-            best = min(best, (time.perf_counter() - began) / steps)
+        workload = Workload(trackers)
+        meet(workload)
+        best = workload.best(steps, rounds)
         threading.Thread(target=trackers.finish, daemon=True).start()
         time.sleep(1.0)
     return best
 
 
-VARIANTS: dict[str, tuple[type[BaseHTTPRequestHandler] | str | None, str]] = {
-    "offline": (None, "offline"),
-    "server away": ("http://127.0.0.1:9", "online"),
-    "server answers 500": (Failing, "online"),
-    "server answers after 5 s": (Slow, "online"),
-}
+def child(pipe: Connection, environment: dict[str, str], steps: int, rounds: int, talks: bool) -> None:
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+
+    def meet(workload: Workload) -> None:
+        if not talks:
+            return
+        while not pipe.poll():  # until the server knows the run
+            workload.step()
+        pipe.recv()
+        workload.best(steps, 1)
+        pipe.send("go on")
+        pipe.recv()
+
+    def nobody(workload: Workload) -> None: ...
+
+    alone = measure("jsonl", steps, rounds, nobody)
+    tracked = measure("wandb", steps, rounds, meet)
+    alone = alone.least(measure("jsonl", steps, rounds, nobody))
+    pipe.send(Cost(tracked.clock / alone.clock, tracked.processor / alone.processor))
+    os._exit(0)  # a connection that is still tried would hold the interpreter up
+
+
+def ratio_of(variant: Variant, steps: int, rounds: int) -> tuple[Cost, int]:
+    """Its step time relative to metrics.jsonl alone, and the requests that its server had."""
+    server = None if variant.health is None else WandbServer()
+    url = NOBODY if server is None else server.url
+    environment = {"WANDB_MODE": variant.mode, "WANDB_BASE_URL": url, "WANDB_API_KEY": DUMMY_KEY}
+    talks = variant.health == "healthy"
+    if server is not None and variant.health is not None:
+        server.health, server.slow_seconds = variant.health, SLOW_SECONDS
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=child, args=(theirs, environment, steps, rounds, talks), daemon=True)
+    process.start()
+    if server is not None and talks:
+        deadline = time.monotonic() + CONNECT_SECONDS
+        while not server.runs:
+            assert time.monotonic() < deadline and process.is_alive(), "the server never heard of the run"
+            time.sleep(0.1)
+        ours.send("connected")
+        ours.recv()
+        if variant.dies:
+            server.die()
+        ours.send("go on")
+    ratio = ours.recv()
+    process.join()
+    if server is not None:
+        server.die()
+    return ratio, 0 if server is None else len(server.requests)
 
 
 def main() -> None:
@@ -107,15 +169,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=6)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    print("| tracker | of metrics.jsonl alone |\n|---|---|")
-    for name, (server, mode) in VARIANTS.items():
-        url = serve(server) if isinstance(server, type) else server
-        alone = measure(options.steps, options.rounds, None, "offline", ("jsonl",))
-        tracked = measure(options.steps, options.rounds, url, mode, ("wandb",))
-        alone = min(alone, measure(options.steps, options.rounds, None, "offline", ("jsonl",)))
-        print(f"| wandb, {name} | {tracked / alone:.3f} |", flush=True)
-    os._exit(0)  # a connection that is still tried would hold the interpreter up
+    print("| W&B | step time | processor time | requests the server had |\n|---|---|---|---|")
+    for variant in VARIANTS:
+        ratio, requests = ratio_of(variant, options.steps, options.rounds)
+        print(f"| {variant.name} | {ratio.clock:.3f} | {ratio.processor:.3f} | {requests} |", flush=True)
 
 
 if __name__ == "__main__":

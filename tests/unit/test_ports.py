@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 
 import pytest
-from torch.distributed import TCPStore
+from torch._C._distributed_c10d import TCPStore
 
 from grpo_mega.ports import reserved_port
 
