@@ -41,10 +41,11 @@ from grpo_mega.plan import check_world_size
 from grpo_mega.recipe.blocks import LossBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.local import LocalEngine
+from grpo_mega.rollout.managed import ModelFacts
 from grpo_mega.rollout.rank import Rank
 from grpo_mega.rollout.replay import RolloutDump, RolloutReplay
 from grpo_mega.rollout.sampler import Sampler
-from grpo_mega.rollout.sglang import ModelFacts, SglangEngine
+from grpo_mega.rollout.sglang import SglangEngine
 from grpo_mega.rollout_files import RolloutFiles
 from grpo_mega.self_check import check_policy_loss
 from grpo_mega.sync.export import write_hf_directory

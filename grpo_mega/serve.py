@@ -14,6 +14,7 @@ from transformers import AutoConfig, PretrainedConfig
 from grpo_mega.data.tokenizer import load_tokenizer
 from grpo_mega.engine.device import has_gpu
 from grpo_mega.engine.scratch import scratch_config
+from grpo_mega.errors import UserError
 from grpo_mega.model_shape import local_model_directory
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.addresses import write_addresses
@@ -25,6 +26,13 @@ LOOK_EVERY_SECONDS = 0.5
 
 def serve(recipe: Recipe, addresses: Path | None, host: str, say: Callable[[str], None]) -> None:
     """Until a signal, or until servers died more often than the recipe lets them. Ends them in any case."""
+    if recipe.rollout.sglang.mode == "router":
+        raise UserError(
+            "grpo-mega serve starts servers without a router",
+            where="rollout.sglang.mode router",
+            law="a router belongs to the run that samples through it",
+            remedy="add rollout.sglang.mode=managed; the trainer shares its requests out itself",
+        )
     pool = server_pool(
         recipe.rollout.sglang,
         _model_config(recipe),

@@ -51,6 +51,8 @@ class FakeServer:
         if path == "/abort_request":
             self.aborted.append(body["rid"])
             return 200, {}
+        if path != "/generate":
+            return 404, {}
         with self._lock:
             self.generated.append(body)
             number = len(self.generated) - 1

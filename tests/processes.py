@@ -20,21 +20,25 @@ _FORKS.set_forkserver_preload(["tests.ends_with_parent", "grpo_mega.train", "tes
 LONGEST_SECONDS = 240
 
 
-def run_ranks(size: int, work: Callable[..., None], *arguments: Any) -> list[int]:
+def run_ranks(
+    size: int, work: Callable[..., None], *arguments: Any, limit_seconds: float = LONGEST_SECONDS
+) -> list[int]:
     """`work(*arguments)` on each of `size` joined ranks; their exit codes. When one is killed all are, as by
     a machine that goes down."""
     with reserved_port() as port:
-        return _run(size, port, work, arguments)
+        return _run(size, port, work, arguments, limit_seconds)
 
 
-def _run(size: int, port: int, work: Callable[..., None], arguments: Sequence[Any]) -> list[int]:
+def _run(
+    size: int, port: int, work: Callable[..., None], arguments: Sequence[Any], limit_seconds: float
+) -> list[int]:
     ranks = [
         _FORKS.Process(target=_rank, args=(rank, size, port, work, arguments), daemon=False)
         for rank in range(size)
     ]
     for rank in ranks:
         rank.start()
-    deadline = time.monotonic() + LONGEST_SECONDS
+    deadline = time.monotonic() + limit_seconds
     try:
         while any(rank.exitcode is None for rank in ranks):
             assert time.monotonic() < deadline, "a rank hangs"

@@ -49,7 +49,8 @@ cuda = sorted(name for name in installed if name.startswith("nvidia-") and name 
 if torch.version.cuda is not None or cuda:
     sys.exit(f"CUDA got in: torch {torch.__version__}, {cuda}")
 import sglang.srt.entrypoints.http_server
-import sglang.srt.managers.scheduler  # noqa: F401
+import sglang.srt.managers.scheduler
+import sglang_router.router  # noqa: F401
 CHECK
 printf '%s\n' "$wanted" >"$stamp"
 du -sh "$directory"

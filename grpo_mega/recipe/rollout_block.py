@@ -15,8 +15,9 @@ Truncated = Literal["keep", "drop", "mask"]
 class SglangBlock(Block):
     """rollout.engine sglang: servers that sample, and how weights get there."""
 
-    mode: Literal["managed", "external"] = "managed"
-    """managed: the run starts its servers and ends them; external: they are at `urls` already."""
+    mode: Literal["managed", "router", "external"] = "managed"
+    """managed: the run starts its servers and ends them; router: managed, and a router before them sends
+    requests to the server that has read most of them; external: they are at `urls` already."""
     urls: tuple[str, ...] = ()
     """external: http://host:port of each server."""
     urls_file: Path | None = None
@@ -61,10 +62,19 @@ class SglangBlock(Block):
             raise ValueError(
                 "rollout.sglang.mode external needs rollout.sglang.urls or urls_file, and not both"
             )
-        if self.mode == "managed" and (self.urls or self.urls_file):
+        if self.mode != "external" and (self.urls or self.urls_file):
             raise ValueError(
                 "rollout.sglang.urls and urls_file are of external servers: set rollout.sglang.mode to "
                 "external, or remove them"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def a_router_has_servers_to_choose_from(self) -> SglangBlock:
+        if self.mode == "router" and self.servers < 2:
+            raise ValueError(
+                "rollout.sglang.mode router chooses among servers, and there is one: raise "
+                "rollout.sglang.servers, or set the mode to managed"
             )
         return self
 

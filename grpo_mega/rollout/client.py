@@ -4,6 +4,9 @@ A request that fails is tried again elsewhere: after 5xx, a broken connection, a
 delay that doubles. A server that cannot be reached, or has other weights than it should, is left alone until
 it is well again. Every attempt has a request id of its own, and an attempt given up is aborted on its server.
 
+A router is asked first, if there is one. What fails there is asked of a server; and a router that broke a
+connection, took too long or led to other weights is left alone until the next sync.
+
 Log-probs are those of softmax(logits / temperature), the server's default (greedy: of softmax(logits)).
 """
 
@@ -15,6 +18,7 @@ import time
 import uuid
 from collections import deque
 from collections.abc import Callable, Container, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -130,18 +134,21 @@ class SglangClient:
     concurrency: int
     patience: Patience = Patience()
     retried: int = 0  # attempts so far that were not the first
+    router: str | None = None  # who shares out first attempts; others go to servers themselves
     _servers: list[_Server] = field(init=False)
+    _router: _Server | None = field(init=False)
     _http: httpx.AsyncClient | None = field(default=None, init=False)
     _room: asyncio.Semaphore = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]], init=False)
 
     def __post_init__(self) -> None:
         self._servers = [_Server(url.rstrip("/")) for url in self.urls]
+        self._router = _Server(self.router) if self.router else None
         self._room = asyncio.Semaphore(self.concurrency)
 
     def expect_fresh_servers(self) -> None:
         """After a sync every server has what it should, as far as is known."""
-        for server in self._servers:
+        for server in (*self._servers, self._router) if self._router else self._servers:
             server.up, server.stale, server.trouble = True, False, ""
 
     async def complete(
@@ -181,7 +188,8 @@ class SglangClient:
         """One sample, with as many attempts as it takes. Who calls this bounds how many are in flight."""
         trouble = ""
         for attempt in range(self.patience.retries + 1):
-            server = await self._pick(versions)
+            router = None if attempt else self._router
+            server = router if router and router.usable else await self._pick(versions)
             if attempt:
                 self.retried += 1
             server.in_flight += 1
@@ -213,6 +221,8 @@ class SglangClient:
             raise _AttemptFailed(f"no answer in {self.patience.timeout_seconds:g} s") from None
         except httpx.HTTPError as error:
             server.down(type(error).__name__)
+            if server is self._router:  # the server behind it may not have noticed
+                self._in_background(self._abort(server, rid))
             raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
         except asyncio.CancelledError:
             self._in_background(self._abort(server, rid))
@@ -264,12 +274,14 @@ class SglangClient:
         server.up = True
 
     async def _abort(self, server: _Server, rid: str) -> None:
-        """Best effort: the server may be gone."""
-        try:
+        """Best effort: the server may be gone. Which one a router took is not known: all are told."""
+        targets = self._servers if server is self._router else [server]
+        posts = [
+            self._connection().post(f"{target.url}/abort_request", json={"rid": rid}) for target in targets
+        ]
+        with suppress(TimeoutError):
             async with asyncio.timeout(ABORT_SECONDS):
-                await self._connection().post(f"{server.url}/abort_request", json={"rid": rid})
-        except (TimeoutError, httpx.HTTPError):
-            pass
+                await asyncio.gather(*posts, return_exceptions=True)
 
     def _in_background(self, work: Any) -> None:
         task = asyncio.create_task(work)

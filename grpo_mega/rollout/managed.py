@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from grpo_mega.recipe.rollout_block import SglangBlock
-from grpo_mega.rollout.server import LOOPBACK, ServerPool, ServerSpec, deterministic_flags, server_python
+from grpo_mega.rollout.guarded import LOOPBACK
+from grpo_mega.rollout.server import ServerPool, ServerSpec, deterministic_flags, server_python
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a server must know of the model, and how its tokens are shown."""
+
+    hf: PretrainedConfig
+    tokenizer: PreTrainedTokenizerBase
+    dtype: str
+    on_gpu: bool
 
 
 def describe_model(hf: PretrainedConfig, dtype: str, folder: Path) -> Path:

@@ -1,19 +1,10 @@
-"""SGLang servers that belong to a run: started, watched, restarted, and gone when it is.
-
-Each server is a process group (and session) of its own, led by its guard, which ends the group when the
-trainer is gone, however that went.
-"""
+"""SGLang servers that belong to a run: started, watched, restarted, and gone when it is."""
 
 from __future__ import annotations
 
-import json
 import os
-import signal
 import socket
-import subprocess
-import sys
 import time
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -21,24 +12,13 @@ import httpx
 
 from grpo_mega.errors import UserError
 from grpo_mega.recipe.rollout_block import SglangBlock
+from grpo_mega.rollout.guarded import LOOPBACK, STOP_SECONDS, GuardedProcess, free_port, outside_environment
 
 PYTHON_VARIABLE = "GRPO_MEGA_SGLANG_PYTHON"
 """Environment: the Python of the virtual environment that holds sglang."""
 
-STOP_SECONDS = 15.0
-"""A server that was asked to end takes 6-10 s on a busy machine."""
 HEALTH_SECONDS = 10.0
-LOOPBACK = "127.0.0.1"
 ANY_ADDRESS = "0.0.0.0"
-LOG_LINES_SHOWN = 15
-
-# What rules a rank of the trainer, and must not rule a server.
-_TRAINER_VARIABLES = (
-    *("RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE"),
-    *("ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV"),
-    *("OMP_NUM_THREADS", "TRITON_INTERPRET"),
-)
-_TRAINER_PREFIXES = ("TORCHELASTIC_", "GRPO_MEGA_")
 
 _CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
 # Plain torch everywhere. Deterministic inference, and with it seeds, wants attention kernels that need a GPU.
@@ -96,13 +76,8 @@ class ServerSpec:
         return socket.gethostname() if self.host == ANY_ADDRESS else self.host
 
     def environment(self) -> dict[str, str]:
-        kept = {
-            name: value
-            for name, value in os.environ.items()
-            if name not in _TRAINER_VARIABLES and not name.startswith(_TRAINER_PREFIXES)
-        }
         cpu = {} if self.on_gpu else _CPU_ENVIRONMENT | {"OMP_NUM_THREADS": str(self.cpu_threads)}
-        return kept | {"HF_HUB_OFFLINE": "1", "PYTHONSAFEPATH": "1"} | cpu
+        return outside_environment() | {"HF_HUB_OFFLINE": "1"} | cpu
 
 
 def server_python(configured: str | None) -> str:
@@ -133,19 +108,6 @@ def deterministic_flags(block: SglangBlock, *, on_gpu: bool) -> tuple[str, ...]:
     return flags
 
 
-def free_port(host: str = LOOPBACK) -> int:
-    try:
-        with socket.create_server((host, 0)) as probe:
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise UserError(
-            f"no server can listen at {host}: {error.strerror or error}",
-            where="--host",
-            law="a server listens at an address of the machine that it runs on",
-            remedy="give the name or address of a network interface of this machine, or 0.0.0.0 for all",
-        ) from None
-
-
 @dataclass(eq=False)
 class ManagedServer:
     """One server; its address changes when it is started again."""
@@ -153,36 +115,24 @@ class ManagedServer:
     spec: ServerSpec
     index: int
     url: str = field(default="", init=False)
-    _process: subprocess.Popen[bytes] | None = field(default=None, init=False)
+    _process: GuardedProcess = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._process = GuardedProcess(self.spec.folder / f"server-{self.index}.log")
 
     @property
     def log(self) -> Path:
-        return self.spec.folder / f"server-{self.index}.log"
+        return self._process.log
 
     @property
     def pid(self) -> int | None:
         """Of the guard, which is also the process group's."""
-        return None if self._process is None else self._process.pid
+        return self._process.pid
 
     def start(self) -> None:
         """Returns at once; `wait_until_ready` follows."""
         port = free_port(self.spec.host)
-        command = self.spec.command(port, self.index)
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
-            log.write(f"\n== {time.strftime('%F %T')} {' '.join(command)}\n".encode())
-            log.flush()
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", "grpo_mega.rollout.guard", str(os.getpid()), *command],
-                stdin=subprocess.PIPE,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-            )
-        assert self._process.stdin is not None
-        # not as an argument: everybody can read those
-        self._process.stdin.write(json.dumps(self.spec.environment()).encode())
-        self._process.stdin.close()
+        self._process.start(self.spec.command(port, self.index), self.spec.environment())
         self.url = f"http://{self.spec.reached_at}:{port}"
 
     def wait_until_ready(self) -> None:
@@ -197,11 +147,9 @@ class ManagedServer:
             what = f"server {self.index} is not ready after {self.spec.startup_seconds:g} s"
             self.stop()
         else:
-            code = self._process.poll() if self._process else None
-            what = f"server {self.index} ended with exit code {code} while starting"
-        lines = self.log.read_text(errors="replace").splitlines()[-LOG_LINES_SHOWN:]
+            what = f"server {self.index} ended with exit code {self._process.exit_code} while starting"
         return UserError(
-            what + "\n  " + "\n  ".join(line[:200] for line in lines),
+            f"{what}\n  {self._process.last_words}",
             where=f"{self.log}",
             law="a managed server answers /health before it is used",
             remedy="read the log; correct rollout.sglang.extra_args or the environment at "
@@ -210,7 +158,7 @@ class ManagedServer:
 
     @property
     def is_running(self) -> bool:
-        return self._process is not None and self._process.poll() is None
+        return self._process.is_running
 
     def is_healthy(self, *, thoroughly: bool = True) -> bool:
         """It runs and answers; thoroughly: its scheduler too, which takes a second."""
@@ -224,21 +172,10 @@ class ManagedServer:
             return False
 
     def ask_to_end(self) -> None:
-        if self._process is not None and self.is_running:
-            self._process.terminate()
+        self._process.ask_to_end()
 
     def stop(self, limit_seconds: float = STOP_SECONDS) -> None:
-        """Ask it to end, wait, then kill what is left of its process group."""
-        if self._process is None:
-            return
-        if limit_seconds > 0:
-            self.ask_to_end()
-            with suppress(subprocess.TimeoutExpired):
-                self._process.wait(limit_seconds)
-        with suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        self._process.wait()
-        self._process = None
+        self._process.stop(limit_seconds)
 
 
 @dataclass(eq=False)

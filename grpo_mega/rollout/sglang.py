@@ -22,17 +22,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from grpo_mega.errors import UserError
 from grpo_mega.recipe.rollout_block import RolloutBlock
-from grpo_mega.rollout.addresses import wait_for_addresses
 from grpo_mega.rollout.client import Completion, Patience, SglangClient
-from grpo_mega.rollout.managed import describe_model, server_pool
+from grpo_mega.rollout.fleet import Addresses, Fleet
+from grpo_mega.rollout.guarded import free_port
+from grpo_mega.rollout.managed import ModelFacts, describe_model
 from grpo_mega.rollout.pending import LoopThread, Pending
 from grpo_mega.rollout.rank import ALONE, Rank
 from grpo_mega.rollout.sampling import SamplingParams
-from grpo_mega.rollout.server import ServerPool, free_port
 from grpo_mega.rollout.turns import Draft, Generate, converse
 from grpo_mega.sync.fingerprint import Fingerprint
 from grpo_mega.sync.proof import Probe, Proof
@@ -48,16 +47,6 @@ from grpo_mega.sync.transport import (
 from grpo_mega.types import Group, Prompt, Sample
 
 Tensors = Iterable[tuple[str, torch.Tensor]]
-
-
-@dataclass(frozen=True, slots=True)
-class ModelFacts:
-    """What a server must know of the model, and how its tokens are shown."""
-
-    hf: PretrainedConfig
-    tokenizer: PreTrainedTokenizerBase
-    dtype: str
-    on_gpu: bool
 
 
 @dataclass(eq=False)
@@ -77,8 +66,8 @@ class SglangEngine:
     function: Generate | None = None  # of samples of several turns
     report: SyncReport | None = field(default=None, init=False)  # of the last sync
     updates: int = field(default=0, init=False)  # weights taken so far
-    _pool: ServerPool | None = field(default=None, init=False)
-    _urls: tuple[str, ...] = field(default=(), init=False)
+    fleet: Fleet = field(init=False)
+    _at: Addresses = field(default=Addresses(), init=False)
     _client: SglangClient | None = field(default=None, init=False)
     _control: ControlPlane | None = field(default=None, init=False)
     _transport: Transport | None = field(default=None, init=False)
@@ -91,6 +80,9 @@ class SglangEngine:
     _pending: list[Pending] = field(default_factory=list[Pending], init=False)  # begun and not finished
     _numbers: dict[str, int] = field(default_factory=dict[str, int], init=False)
     """Of the versions that samples may come from: how many weights had been taken with them."""
+
+    def __post_init__(self) -> None:
+        self.fleet = Fleet(self.block.sglang, self.model, self.run_dir / "servers", self.seed)
 
     def share(self, prompts: Sequence[Prompt], rank: int, ranks: int) -> list[tuple[int, Prompt]]:
         return [(place, prompt) for place, prompt in enumerate(prompts) if place % ranks == rank]
@@ -105,7 +97,7 @@ class SglangEngine:
         """Of the last sync, and of what went wrong so far (on this rank)."""
         metrics = self.report.metrics() if self.report else {}
         metrics["rollout/retried_requests"] = float(self._client.retried if self._client else 0)
-        metrics["rollout/server_restarts"] = float(self._pool.restarts if self._pool else 0)
+        metrics["rollout/server_restarts"] = float(self.fleet.restarts)
         return metrics
 
     # ---- weights ----
@@ -138,12 +130,12 @@ class SglangEngine:
                 law="servers on the trainer's GPUs give their memory back while it trains",
                 remedy="read the server's log; one that was started by hand needs --enable-memory-saver",
             )
-        self._asleep = set(self._urls)
+        self._asleep = set(self._at.servers)
         self._version = None
 
     def _wake(self, control: ControlPlane) -> None:
         """A server that was started again since has never slept."""
-        for url in self._asleep & set(self._urls):
+        for url in self._asleep & set(self._at.servers):
             control.call(url, "resume_memory_occupation", {})
             self._asleep.discard(url)
 
@@ -216,36 +208,13 @@ class SglangEngine:
 
     def _make_ready(self, thoroughly: bool) -> None:
         """Servers run, and every rank knows where."""
-        urls = self._urls
-        if self.rank.is_lead:
-            managed = self.block.sglang.mode == "managed"
-            urls = self._managed_urls(thoroughly) if managed else self._external_urls()
-        urls = self.rank.lead_says(urls)
-        if urls != self._urls:
-            self._urls = urls
+        at = self.fleet.ready(thoroughly=thoroughly) if self.rank.is_lead else self._at
+        at = self.rank.lead_says(at)
+        if at != self._at:
+            self._at = at
             self._connect()
         elif self._client is not None:
             self._client.expect_fresh_servers()
-
-    def _external_urls(self) -> tuple[str, ...]:
-        """A file is read before each sync: servers that were started again have other addresses."""
-        block = self.block.sglang
-        if block.urls_file is None:
-            return block.urls
-        return wait_for_addresses(block.urls_file, block.urls_wait_seconds)
-
-    def _managed_urls(self, thoroughly: bool) -> tuple[str, ...]:
-        block, model = self.block.sglang, self.model
-        if self._pool is None:
-            folder = self.run_dir / "servers"
-            self._pool = server_pool(
-                block, model.hf, model.dtype, folder, on_gpu=model.on_gpu, seed=self.seed
-            )
-            atexit.register(self.close)
-            self._pool.start()
-        else:
-            self._pool.revive(thoroughly=thoroughly)
-        return self._pool.urls
 
     def _connect(self) -> None:
         """Clients of the servers where they are now."""
@@ -254,12 +223,12 @@ class SglangEngine:
         self._close_clients()
         concurrency = math.ceil(block.concurrency / self.rank.ranks)
         patience = Patience(block.timeout_seconds, block.retries)
-        self._client = SglangClient(self._urls, concurrency, patience, retried)
+        self._client = SglangClient(self._at.servers, concurrency, patience, retried, self._at.router)
         if self._loop is None:
             self._loop = LoopThread()
             atexit.register(self.close)
         if self.rank.is_lead:
-            self._control = ControlPlane(self._urls, block.tp, block.timeout_seconds)
+            self._control = ControlPlane(self._at.servers, block.tp, block.timeout_seconds)
             self._transport = self._new_transport(self._control)
 
     def _new_transport(self, control: ControlPlane) -> Transport:
@@ -271,7 +240,7 @@ class SglangEngine:
             case "tensor":
                 return TensorTransport(control)
             case "distributed":
-                address = "127.0.0.1" if self._pool else os.environ.get("MASTER_ADDR", "127.0.0.1")
+                address = "127.0.0.1" if self.fleet.pool else os.environ.get("MASTER_ADDR", "127.0.0.1")
                 backend = "nccl" if self.model.on_gpu else "gloo"
                 return DistributedTransport(control, address, free_port, backend)
 
@@ -381,11 +350,11 @@ class SglangEngine:
         """Stop servers that belong to the run. Safe to call twice."""
         self._version = None
         self._close_clients()
+        self._pending.clear()
         if self._loop is not None:
             self._loop.close()
             self._loop = None
-        if self._pool is not None:
-            self._pool.stop()
+        self.fleet.close()
 
     def _close_clients(self) -> None:
         for pending in self._pending:

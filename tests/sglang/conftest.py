@@ -15,8 +15,9 @@ from transformers import AutoConfig, PretrainedConfig
 
 from grpo_mega.data.tokenizer import scratch_tokenizer
 from grpo_mega.recipe.rollout_block import RolloutBlock, SglangBlock
+from grpo_mega.rollout.managed import ModelFacts
 from grpo_mega.rollout.server import PYTHON_VARIABLE, ServerPool
-from grpo_mega.rollout.sglang import ModelFacts, SglangEngine
+from grpo_mega.rollout.sglang import SglangEngine
 from grpo_mega.sync.stream import HfDirectory
 from tests import tiny
 
@@ -53,8 +54,8 @@ class Owner:
 
     @property
     def pool(self) -> ServerPool:
-        assert self.engine._pool is not None
-        return self.engine._pool
+        assert self.engine.fleet.pool is not None
+        return self.engine.fleet.pool
 
     @property
     def url(self) -> str:
