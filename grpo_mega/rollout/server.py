@@ -23,6 +23,7 @@ ANY_ADDRESS = "0.0.0.0"
 _CPU_ENVIRONMENT = {"SGLANG_USE_CPU_ENGINE": "1"}
 # Plain torch everywhere. Deterministic inference, and with it seeds, wants attention kernels that need a GPU.
 _CPU_FLAGS = (
+    "--sleep-on-idle",  # else a server that waits takes a whole core from the trainer
     *("--device", "cpu"),
     *("--attention-backend", "torch_native"),
     *("--sampling-backend", "pytorch"),
