@@ -117,7 +117,8 @@ def test_a_torn_line_is_a_note_and_a_damaged_one_a_problem(run: Path):
 
 def test_damage_names_the_file_and_what_is_left_to_go_on_from(run: Path):
     shard = run / "checkpoints" / "step_000010" / "__0_0.distcp"
-    shard.write_bytes(b"wEights")
+    written = shard.read_bytes()
+    shard.write_bytes(bytes([written[0] ^ 1]) + written[1:])
     told = lines(run)
     assert "PROBLEM checkpoint: step_000010/__0_0.distcp has other bytes than were written" in told
     assert "goes on from step_000005" in told
