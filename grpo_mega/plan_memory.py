@@ -20,6 +20,8 @@ MAIN_PARAMETER_BYTES = 4
 """A float32 copy of the weights, where these are bfloat16."""
 LOGIT_BYTES = 4
 """Log-probabilities are computed in float32."""
+LOGIT_TILE = 8192
+"""Columns of the vocabulary whose logits are there at a time: the widest tile of kernels/logprob.py."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +33,7 @@ class Memory:
     optimizer: int
     reference: int  # the frozen model of the KL penalty
     sampler: int  # the local rollout engine: its whole model, keys and values of one batch at full length
-    logits: int  # of one micro-batch
+    logits: int  # of one micro-batch and one tile of the vocabulary
     activations: int  # what one micro-batch keeps for its backward pass, at least: see `activation_bytes`
 
     @property
@@ -77,7 +79,8 @@ def policy_stage(recipe: Recipe, shape: ModelShape, index: int) -> Stage:
         tables = 1  # one table serves both ends only where both ends are on one rank
     ends = tables * _table(recipe, shape) + int(last) * shape.hidden
     held_reference = recipe.loss.kl.coef > 0 and recipe.loss.kl.reference_on == "device"
-    logits = micro_batch_tokens(recipe) * padded_vocab(recipe, shape) // recipe.parallel.tp * LOGIT_BYTES
+    columns = min(padded_vocab(recipe, shape) // recipe.parallel.tp, LOGIT_TILE)
+    logits = micro_batch_tokens(recipe) * columns * LOGIT_BYTES
     return _stage(
         recipe,
         shape,

@@ -141,8 +141,9 @@ def test_the_base_states_the_defaults_as_they_are() -> None:
 )
 def test_fits_the_gpu_its_header_promises(file: str, shape: ModelShape, gpu_gigabytes: int) -> None:
     plan = make_plan(load_recipe(f"recipes/{file}.yaml").recipe, shape=shape)
-    # A tenth is left for activations, which are recomputed where a recipe is tight.
-    assert max(stage.memory.total for stage in plan.stages) < 0.9 * gpu_gigabytes * GIGABYTE
+    # A tenth is left for what passes: the activations that are counted, and what kernels keep beside them.
+    assert max(stage.memory.lasting for stage in plan.stages) < 0.9 * gpu_gigabytes * GIGABYTE
+    assert max(stage.memory.total for stage in plan.stages) < 0.95 * gpu_gigabytes * GIGABYTE
     assert not plan.notes
     assert f"{gpu_gigabytes} GB" in Path(f"recipes/{file}.yaml").read_text() or file == "knights_knaves"
 

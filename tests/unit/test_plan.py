@@ -327,3 +327,10 @@ def test_a_missing_model_says_which_part_is_missing(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(UserError, match="cannot be read"):
         ModelShape.from_hf_directory(tmp_path)
+
+
+def test_the_plan_knows_the_widest_tile_of_logits():
+    from grpo_mega.kernels.logprob import GPU_TILE, TILE
+    from grpo_mega.plan_memory import LOGIT_TILE
+
+    assert max(TILE, GPU_TILE) == LOGIT_TILE
