@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
@@ -104,6 +105,15 @@ def recipe_dict(run_dir: Path, **blocks: object) -> dict:
     for key, value in blocks.items():
         recipe[key] = {**recipe[key], **value} if isinstance(value, dict) and key in recipe else value
     return recipe
+
+
+def refusal(recipe: dict) -> str:
+    """Why it is no recipe."""
+    from grpo_mega.recipe.schema import Recipe
+
+    with pytest.raises(ValueError) as refused:
+        Recipe.model_validate(recipe)
+    return str(refused.value)
 
 
 def train_on_pool(recipe: dict, resume: bool = False, **files: Path | None) -> None:

@@ -130,11 +130,7 @@ def test_a_stage_ends_when_its_metric_has_been_in_the_band(ranks, tmp_path):
 
 
 def _refused(**blocks: object) -> str:
-    from grpo_mega.recipe.schema import Recipe
-
-    with pytest.raises(ValueError) as refusal:
-        Recipe.model_validate(recipe_of(Path("run"), **blocks))
-    return str(refusal.value)
+    return tiny.refusal(recipe_of(Path("run"), **blocks))
 
 
 def test_recipes_that_cannot_be_are_refused():

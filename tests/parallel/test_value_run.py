@@ -185,11 +185,7 @@ def test_a_checkpoint_without_a_critic_is_no_checkpoint_of_a_run_with_one(size, 
 
 
 def _refused(**blocks: object) -> str:
-    from grpo_mega.recipe.schema import Recipe
-
-    with pytest.raises(ValueError) as refusal:
-        Recipe.model_validate(recipe_of(Path("run"), **blocks))
-    return str(refusal.value)
+    return tiny.refusal(recipe_of(Path("run"), **blocks))
 
 
 def test_recipes_that_cannot_be_are_refused():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -114,6 +115,19 @@ def owner(sglang_python: str, model: Model, tmp_path_factory: pytest.TempPathFac
 def members(group: int) -> list[psutil.Process]:
     """The processes of a process group that still live."""
     return [p for p in psutil.process_iter() if _group_of(p) == group and p.status() != psutil.STATUS_ZOMBIE]
+
+
+def processes_about(run_dir: Path) -> list[psutil.Process]:
+    """Those that were told of this folder: a run's ranks, servers and guards."""
+    processes = psutil.process_iter(["cmdline"])
+    return [process for process in processes if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+
+
+def assert_all_gone(run_dir: Path) -> None:
+    deadline = time.monotonic() + 15
+    while left := processes_about(run_dir):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
 
 
 def _group_of(process: psutil.Process) -> int | None:

@@ -17,7 +17,7 @@ from grpo_mega.rollout.sglang import SglangEngine
 from grpo_mega.types import Group
 from tests import tiny
 from tests.processes import run_ranks
-from tests.sglang.conftest import Model, Owner, Weights
+from tests.sglang.conftest import Model, Owner, Weights, assert_all_gone
 from tests.sglang.test_sampling_and_sync import TRANSPORTS, prompts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
@@ -131,12 +131,4 @@ def test_a_run_samples_one_step_ahead(sglang_python: str, tmp_path: Path):
         assert row["rollout/staleness_max"] <= min(number, 2)
         assert row["rollout/retried_requests"] == 0
     assert all(row["rollout/staleness_mean"] > 0 for row in rows[1:])
-    deadline = time.monotonic() + 10
-    while mine := _processes_about(run_dir):
-        assert time.monotonic() < deadline, mine
-        time.sleep(0.2)
-
-
-def _processes_about(run_dir: Path) -> list[psutil.Process]:
-    processes = psutil.process_iter(["cmdline"])
-    return [process for process in processes if str(run_dir) in " ".join(process.info["cmdline"] or [])]
+    assert_all_gone(run_dir)

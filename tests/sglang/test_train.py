@@ -9,12 +9,12 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import yaml
 
 from tests import tiny
 from tests.processes import run_ranks
+from tests.sglang.conftest import assert_all_gone
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -33,7 +33,7 @@ def test_two_ranks_train_on_what_a_server_samples(layout: dict, sglang_python: s
         assert row["mismatch/abs_max"] < 1e-3
     assert (run_dir / "servers" / "server-0.log").is_file()
     assert not tiny.beyond_overwrite(run_dir)
-    _assert_all_gone(run_dir)
+    assert_all_gone(run_dir)
 
 
 def test_the_quickstart_with_a_server(sglang_python: str, tmp_path: Path):
@@ -54,7 +54,7 @@ def test_the_quickstart_with_a_server(sglang_python: str, tmp_path: Path):
     rewards = [row["reward/mean"] for row in rows if "reward/mean" in row]
     assert len(rewards) == 12 and sum(rewards[-3:]) > sum(rewards[:3])
     assert max(row["mismatch/abs_max"] for row in rows if "mismatch/abs_max" in row) < 1e-3
-    _assert_all_gone(run_dir)
+    assert_all_gone(run_dir)
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_no_server_outlives_a_run_that_is_told_to_end(asked, code, sglang_python
     printed, errors = process.communicate(timeout=120)
     assert process.returncode == code, printed + errors
     assert "Traceback" not in printed + errors
-    _assert_all_gone(run_dir)
+    assert_all_gone(run_dir)
 
 
 def _rollout(sglang_python: str, transport: str) -> dict:
@@ -95,15 +95,3 @@ def _start(*arguments: str) -> subprocess.Popen[str]:
         # a shell's background job ignores Ctrl-C, and so would all that it starts
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
-
-
-def _assert_all_gone(run_dir: Path) -> None:
-    deadline = time.monotonic() + 15
-    while mine := _processes_about(run_dir):
-        assert time.monotonic() < deadline, mine
-        time.sleep(0.2)
-
-
-def _processes_about(run_dir: Path) -> list[psutil.Process]:
-    processes = psutil.process_iter(["cmdline"])
-    return [process for process in processes if str(run_dir) in " ".join(process.info["cmdline"] or [])]

@@ -8,12 +8,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
 from tests.processes import run_ranks
+from tests.sglang.conftest import assert_all_gone, processes_about
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -48,10 +48,7 @@ def test_one_of_two_servers_is_killed_in_a_run(sglang_python: str, tmp_path: Pat
     assert [len(life) for life in lives] == [1, 2]
     assert all(_sampled(life[-1]) for life in lives)
     assert len(_lives(run_dir / "servers", "router")) == 2  # one for each set of servers
-    deadline = time.monotonic() + 10
-    while left := _processes_about(run_dir):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
+    assert_all_gone(run_dir)
 
 
 def _kill_while_it_samples(folder: Path, kept: Path) -> None:
@@ -65,7 +62,7 @@ def _kill_while_it_samples(folder: Path, kept: Path) -> None:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     port = _lives(folder, VICTIM)[-1].partition("--port ")[2].split()[0]
-    for process in _processes_about(folder.parent):
+    for process in processes_about(folder.parent):
         command = process.info["cmdline"]
         if command[1:3] == ["-m", "sglang.launch_server"] and port in command:
             process.kill()
@@ -79,8 +76,3 @@ def _lives(folder: Path, name: str) -> list[str]:
 
 def _sampled(printed: str) -> int:
     return printed.count('"POST /generate HTTP/1.1" 200')
-
-
-def _processes_about(run_dir: Path) -> list[psutil.Process]:
-    processes = psutil.process_iter(["cmdline"])
-    return [process for process in processes if str(run_dir) in " ".join(process.info["cmdline"] or [])]
