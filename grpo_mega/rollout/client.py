@@ -13,6 +13,7 @@ Log-probs are those of softmax(logits / temperature), the server's default (gree
 from __future__ import annotations
 
 import asyncio
+import json
 import random
 import time
 import uuid
@@ -22,7 +23,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-import httpx
+import aiohttp
 
 from grpo_mega.errors import UserError
 from grpo_mega.rollout.sampling import SamplingParams
@@ -33,6 +34,8 @@ PROBE_SECONDS = 5.0
 """A server that is up answers /health within about one second."""
 PROBE_EVERY_SECONDS = 1.0
 ABORT_SECONDS = 2.0
+IDLE_SECONDS = 3.0
+"""After which a connection is not used again: the servers close theirs after five."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,6 +107,12 @@ class _AttemptFailed(Exception):
     """One attempt brought nothing; another may."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Reply:
+    status: int
+    text: str
+
+
 @dataclass(eq=False, slots=True)
 class _Server:
     url: str
@@ -137,7 +146,7 @@ class SglangClient:
     router: str | None = None  # who shares out first attempts; others go to servers themselves
     _servers: list[_Server] = field(init=False)
     _router: _Server | None = field(init=False)
-    _http: httpx.AsyncClient | None = field(default=None, init=False)
+    _http: aiohttp.ClientSession | None = field(default=None, init=False)
     _room: asyncio.Semaphore = field(init=False)
     _background: set[asyncio.Task[None]] = field(default_factory=set[asyncio.Task[None]], init=False)
 
@@ -176,7 +185,7 @@ class SglangClient:
     async def close(self) -> None:
         await self.finish_background()
         if self._http is not None:
-            await self._http.aclose()
+            await self._http.close()
             self._http = None
 
     async def one(self, ask: Ask, versions: Container[str] | None) -> Completion:
@@ -214,27 +223,27 @@ class SglangClient:
         rid = f"{ask.uid}#{attempt}-{uuid.uuid4().hex}"
         try:
             async with asyncio.timeout(self.patience.timeout_seconds):
-                response = await self._connection().post(f"{server.url}/generate", json=ask.body(rid))
-        except (TimeoutError, httpx.ReadTimeout, httpx.WriteTimeout):
-            server.down("timed out")  # until a probe finds it well
-            self._in_background(self._abort(server, rid))
-            raise _AttemptFailed(f"no answer in {self.patience.timeout_seconds:g} s") from None
-        except httpx.HTTPError as error:
+                reply = await self._post(f"{server.url}/generate", ask.body(rid))
+        except aiohttp.ClientError as error:  # first: to connect too slowly is a TimeoutError too
             server.down(type(error).__name__)
             if server is self._router:  # the server behind it may not have noticed
                 self._in_background(self._abort(server, rid))
             raise _AttemptFailed(f"{type(error).__name__}: {error}") from None
+        except TimeoutError:
+            server.down("timed out")  # until a probe finds it well
+            self._in_background(self._abort(server, rid))
+            raise _AttemptFailed(f"no answer in {self.patience.timeout_seconds:g} s") from None
         except asyncio.CancelledError:
             self._in_background(self._abort(server, rid))
             raise
-        if 400 <= response.status_code < 500 and response.status_code not in (408, 429):
-            raise _refused(ask, server, response)
-        if response.status_code != 200:
-            raise _AttemptFailed(f"status {response.status_code}: {response.text[:200]}")
+        if 400 <= reply.status < 500 and reply.status not in (408, 429):
+            raise _refused(ask, server, reply)
+        if reply.status != 200:
+            raise _AttemptFailed(f"status {reply.status}: {reply.text[:200]}")
         try:
-            completion = _completion(ask, response.json(), attempt + 1)
+            completion = _completion(ask, json.loads(reply.text), attempt + 1)
         except (KeyError, TypeError, ValueError) as error:
-            raise _AttemptFailed(f"not a completion ({error!r}): {response.text[:200]}") from None
+            raise _AttemptFailed(f"not a completion ({error!r}): {reply.text[:200]}") from None
         strangers = {found for found in completion.versions if versions is not None and found not in versions}
         if strangers:
             server.stale, server.trouble = True, f"has weights {strangers.pop()!r}, not those expected"
@@ -259,12 +268,11 @@ class SglangClient:
 
     async def _probe(self, server: _Server, versions: Container[str] | None) -> None:
         """Find out whether a server that was down is back, and with which weights."""
-        http = self._connection()
         try:
             async with asyncio.timeout(PROBE_SECONDS):
-                (await http.get(f"{server.url}/health")).raise_for_status()
-                info = (await http.get(f"{server.url}/model_info")).raise_for_status().json()
-        except (TimeoutError, httpx.HTTPError, ValueError) as error:
+                await self._get(f"{server.url}/health")
+                info = json.loads(await self._get(f"{server.url}/model_info"))
+        except (TimeoutError, aiohttp.ClientError, ValueError) as error:
             server.trouble = f"{server.trouble.split(',')[0]}, not well: {type(error).__name__}"
             server.next_probe = time.monotonic() + PROBE_EVERY_SECONDS
             return
@@ -276,9 +284,7 @@ class SglangClient:
     async def _abort(self, server: _Server, rid: str) -> None:
         """Best effort: the server may be gone. Which one a router took is not known: all are told."""
         targets = self._servers if server is self._router else [server]
-        posts = [
-            self._connection().post(f"{target.url}/abort_request", json={"rid": rid}) for target in targets
-        ]
+        posts = [self._post(f"{target.url}/abort_request", {"rid": rid}) for target in targets]
         with suppress(TimeoutError):
             async with asyncio.timeout(ABORT_SECONDS):
                 await asyncio.gather(*posts, return_exceptions=True)
@@ -292,21 +298,27 @@ class SglangClient:
         """Each piece of background work has its own short limit."""
         await asyncio.gather(*self._background, return_exceptions=True)
 
-    def _connection(self) -> httpx.AsyncClient:
+    async def _post(self, url: str, body: Mapping[str, Any]) -> _Reply:
+        async with self._connection().post(url, json=body) as response:
+            return _Reply(response.status, await response.text(errors="replace"))
+
+    async def _get(self, url: str) -> str:
+        async with self._connection().get(url, raise_for_status=True) as response:
+            return await response.text(errors="replace")
+
+    def _connection(self) -> aiohttp.ClientSession:
         if self._http is None:
-            room = self.concurrency + 2 * len(self._servers)  # and probes, and aborts
-            self._http = httpx.AsyncClient(
-                timeout=httpx.Timeout(None, connect=CONNECT_SECONDS),
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=room),
-                trust_env=False,  # servers are near: no proxy stands between
-                verify=any(url.startswith("https:") for url in self.urls),  # certificates take long to load
+            self._http = aiohttp.ClientSession(
+                # no limit of its own: `concurrency` bounds requests; probes and aborts do not wait for them
+                connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=IDLE_SECONDS),
+                timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
             )
         return self._http
 
 
-def _refused(ask: Ask, server: _Server, response: httpx.Response) -> UserError:
+def _refused(ask: Ask, server: _Server, reply: _Reply) -> UserError:
     return UserError(
-        f"{server.url} refuses sample {ask.uid}: status {response.status_code}: {response.text[:300]}",
+        f"{server.url} refuses sample {ask.uid}: status {reply.status}: {reply.text[:300]}",
         where="rollout",
         law=f"a prompt ({len(ask.token_ids)} tokens here) and rollout.max_new_tokens "
         f"({ask.params.max_new_tokens}) fit into the server's context, and its API is SGLang's",

@@ -12,9 +12,11 @@ import torch
 from pydantic import ValidationError
 
 from grpo_mega.recipe.rollout_block import RolloutBlock
+from grpo_mega.sync import servers
 from grpo_mega.sync.fingerprint import Fingerprint, place_of
 from grpo_mega.sync.servers import SyncFailed
 from grpo_mega.sync.transport import MANIFEST, DiskTransport, NamedTensors, buckets, check_manifest, push
+from tests.fake_sglang import FakeServer
 
 LAYER = "model.layers.0"
 
@@ -188,3 +190,13 @@ def test_the_published_folder_is_complete_and_replaces_the_last(tmp_path: Path):
 def test_laws_of_the_block(block: dict[str, Any], says: str):
     with pytest.raises(ValidationError, match=says):
         RolloutBlock.model_validate(block)
+
+
+def test_a_call_longer_than_a_piece_arrives_whole(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(servers, "PIECE_BYTES", 7)
+    said = "".join(chr(ord("a") + i % 26) for i in range(1000))
+    with FakeServer() as server:
+        control = servers.ControlPlane((server.url,))
+        control.post("abort_request", {"rid": said})
+        control.close()
+    assert server.aborted == [said]
