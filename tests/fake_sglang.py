@@ -22,6 +22,7 @@ class FakeServer:
     misbehave: Misbehaviour = lambda number, body: None
     version: str = "v1"
     healthy: bool = True
+    workers: dict[str, bool] = field(default_factory=dict[str, bool])  # of a router: which of them are well
     generated: list[dict[str, Any]] = field(default_factory=list[dict[str, Any]])  # bodies, as they arrived
     aborted: list[str] = field(default_factory=list[str])
     connections: int = 0
@@ -48,6 +49,8 @@ class FakeServer:
             return (200 if self.healthy else 503), {}
         if path == "/model_info":
             return 200, {"weight_version": self.version}
+        if path == "/workers":
+            return 200, {"workers": [{"url": u, "is_healthy": well} for u, well in self.workers.items()]}
         if path == "/abort_request":
             self.aborted.append(body["rid"])
             return 200, {}

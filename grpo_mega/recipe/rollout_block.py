@@ -23,8 +23,11 @@ class SglangBlock(Block):
     urls_file: Path | None = None
     """external, in place of urls: a file with one on each line, which `grpo-mega serve` writes; read before
     each sync, so that it may come later and change."""
+    router: str | None = None
+    """external: http://host:port of a router in front of the servers, which is asked for samples first.
+    Without urls and urls_file the servers are those that it lists, asked before each sync."""
     urls_wait_seconds: float = Field(default=600.0, gt=0)
-    """external: how long to wait for urls_file and the servers in it."""
+    """external: how long to wait for urls_file or the router, and the servers they name."""
     servers: Positive = 1
     """managed, and `grpo-mega serve`, as for the keys below that say managed: how many."""
     tp: Positive = 1
@@ -58,14 +61,16 @@ class SglangBlock(Block):
 
     @model_validator(mode="after")
     def external_servers_have_urls(self) -> SglangBlock:
-        if self.mode == "external" and bool(self.urls) == bool(self.urls_file):
+        known = bool(self.urls) + bool(self.urls_file)
+        if self.mode == "external" and (known > 1 or not (known or self.router)):
             raise ValueError(
-                "rollout.sglang.mode external needs rollout.sglang.urls or urls_file, and not both"
+                "rollout.sglang.mode external needs rollout.sglang.urls or urls_file, and not both, or a "
+                "router that lists its servers"
             )
-        if self.mode != "external" and (self.urls or self.urls_file):
+        if self.mode != "external" and (known or self.router):
             raise ValueError(
-                "rollout.sglang.urls and urls_file are of external servers: set rollout.sglang.mode to "
-                "external, or remove them"
+                "rollout.sglang.urls, urls_file and router are of external servers: set rollout.sglang.mode "
+                "to external, or remove them (mode router starts a router of its own)"
             )
         return self
 
@@ -89,9 +94,9 @@ class SglangBlock(Block):
 
     @model_validator(mode="after")
     def urls_are_whole_and_distinct(self) -> SglangBlock:
-        for url in self.urls:
+        for url in (*self.urls, self.router or "http://"):
             if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout.sglang.urls: {url!r} must begin with http:// or https://")
+                raise ValueError(f"rollout.sglang: {url!r} must begin with http:// or https://")
         if len(set(self.urls)) != len(self.urls):
             raise ValueError("rollout.sglang.urls names a server twice")
         return self

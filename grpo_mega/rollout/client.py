@@ -152,7 +152,7 @@ class SglangClient:
 
     def __post_init__(self) -> None:
         self._servers = [_Server(url.rstrip("/")) for url in self.urls]
-        self._router = _Server(self.router) if self.router else None
+        self._router = _Server(self.router.rstrip("/")) if self.router else None
         self._room = asyncio.Semaphore(self.concurrency)
 
     def expect_fresh_servers(self) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo_mega.recipe.rollout_block import SglangBlock
-from grpo_mega.rollout.addresses import wait_for_addresses
+from grpo_mega.rollout.addresses import wait_for_addresses, wait_for_workers
 from grpo_mega.rollout.managed import ModelFacts, server_pool
 from grpo_mega.rollout.router import Router, check_router
 from grpo_mega.rollout.server import ServerPool, server_python
@@ -39,7 +39,7 @@ class Fleet:
     def ready(self, *, thoroughly: bool) -> Addresses:
         """Servers that run. `thoroughly`: look first whether those that answer can also sample."""
         if self.block.mode == "external":
-            return Addresses(self._external())
+            return Addresses(self._external(), self.block.router)
         if self.pool is None:
             self._start()
         else:
@@ -55,10 +55,13 @@ class Fleet:
             self.pool.stop()
 
     def _external(self) -> tuple[str, ...]:
-        """A file is read before each sync: servers that were started again have other addresses."""
-        if self.block.urls_file is None:
-            return self.block.urls
-        return wait_for_addresses(self.block.urls_file, self.block.urls_wait_seconds)
+        """A file or a router is asked before each sync: servers started again have other addresses."""
+        block = self.block
+        if block.urls_file is not None:
+            return wait_for_addresses(block.urls_file, block.urls_wait_seconds)
+        if block.router is not None and not block.urls:
+            return wait_for_workers(block.router, block.urls_wait_seconds)
+        return block.urls
 
     def _start(self) -> None:
         block, model = self.block, self.model

@@ -15,15 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
-
 from grpo_mega.errors import UserError
+from grpo_mega.rollout.addresses import healthy_workers
 from grpo_mega.rollout.guarded import LOOPBACK, GuardedProcess, free_port, outside_environment
 
 PACKAGE = "sglang-router==0.3.2"
 """The version that was run."""
 START_SECONDS = 60.0
-ANSWER_SECONDS = 5.0
 LOOK_EVERY_SECONDS = 0.1
 IMPORT_SECONDS = 60.0
 
@@ -133,11 +131,4 @@ class Router:
 
     def _well(self) -> set[str]:
         """Servers that it sends requests to."""
-        if not self._process.is_running:
-            return set()
-        try:
-            answer = httpx.get(f"{self.url}/workers", timeout=ANSWER_SECONDS, trust_env=False, verify=False)
-            workers = answer.raise_for_status().json()["workers"]
-            return {worker["url"] for worker in workers if worker["is_healthy"]}
-        except (httpx.HTTPError, ValueError, KeyError):
-            return set()
+        return healthy_workers(self.url) if self._process.is_running else set()

@@ -8,6 +8,7 @@ import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from grpo_mega.rollout.router import Router
 from grpo_mega.rollout.sampling import SamplingParams
 from tests.fake_sglang import FakeServer, slowly
 from tests.sglang.conftest import Model, Owner, members
-from tests.sglang.test_sampling_and_sync import prompts
+from tests.sglang.test_sampling_and_sync import Engines, greedy_of, greedy_of_trainer, prompts
 
 pytestmark = pytest.mark.sglang
 
@@ -123,3 +124,22 @@ def test_a_real_server_says_through_a_router_what_it_says_itself(router: Router,
     assert through.attempts == 1 and len(through.token_ids) == 8
     assert (through.token_ids, through.versions) == (direct.token_ids, direct.versions)
     assert through.logprobs == pytest.approx(direct.logprobs, abs=1e-4)
+
+
+def test_a_router_of_somebody_elses_is_all_that_a_run_needs_to_know(
+    router: Router, owner: Owner, model: Model, external: Engines, monkeypatch: pytest.MonkeyPatch
+):
+    """The server behind it is found, gets weights and proves them; samples come through the router."""
+    engine = external(urls=(), router=router.before([owner.url]))
+    asked: list[str] = []
+    whole = SglangClient._post
+
+    async def seen(self: SglangClient, url: str, body: Any) -> Any:
+        asked.append(url)
+        return await whole(self, url, body)
+
+    monkeypatch.setattr(SglangClient, "_post", seen)
+    for weights in (model.second, model.first):
+        engine.load(weights)
+        assert greedy_of(engine) == greedy_of_trainer(model, weights)
+    assert set(asked) == {f"{router.url}/generate"}

@@ -17,6 +17,8 @@ from grpo_mega.errors import UserError
 from grpo_mega.recipe.rollout_block import SglangBlock
 from grpo_mega.recipe.schema import Recipe
 from grpo_mega.rollout.client import Ask, Completion, Patience, SglangClient
+from grpo_mega.rollout.fleet import Addresses, Fleet
+from grpo_mega.rollout.managed import ModelFacts
 from grpo_mega.rollout.router import Router, check_router
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.serve import serve
@@ -118,3 +120,36 @@ def test_serve_has_no_router(tmp_path: Path):
     recipe = Recipe.model_validate(tiny.recipe_dict(tmp_path, rollout=rollout))
     with pytest.raises(UserError, match="without a router"):
         serve(recipe, None, "127.0.0.1", print)
+
+
+def _external(tmp_path: Path, router: str, **more: Any) -> Fleet:
+    sglang = SglangBlock(mode="external", router=router, **more)
+    return Fleet(sglang, ModelFacts(tiny.hf_config("qwen2"), None, "float32", on_gpu=False), tmp_path)
+
+
+def test_a_router_that_is_there_already_tells_its_servers(servers: list[FakeServer], tmp_path: Path):
+    first, second = sorted(server.url for server in servers)
+    with FakeServer(workers={second: True, first: True, "http://127.0.0.1:9": False}) as router:
+        fleet = _external(tmp_path, f"{router.url}/")
+        assert fleet.ready(thoroughly=False) == Addresses((first, second), f"{router.url}/")
+        router.workers = {first: True, second: False}  # before each sync anew
+        assert fleet.ready(thoroughly=False).servers == (first,)
+        known = _external(tmp_path, router.url, urls=(second,))
+        assert known.ready(thoroughly=False) == Addresses((second,), router.url)
+
+
+def test_a_router_without_servers_that_answer_is_named(tmp_path: Path):
+    with FakeServer() as router:
+        fleet = _external(tmp_path, router.url, urls_wait_seconds=0.01)
+        with pytest.raises(UserError, match=f"{router.url} names no servers"):
+            fleet.ready(thoroughly=False)
+        router.workers = {"http://127.0.0.1:9": True}
+        with pytest.raises(UserError, match=r"names http://127\.0\.0\.1:9, which does not answer"):
+            fleet.ready(thoroughly=False)
+
+
+def test_a_router_of_somebody_elses_is_of_external_servers():
+    with pytest.raises(ValidationError, match="mode router starts a router of its own"):
+        SglangBlock(mode="router", servers=2, router="http://a")
+    with pytest.raises(ValidationError, match="must begin with http"):
+        SglangBlock(mode="external", router="a:1")
