@@ -103,7 +103,11 @@ class Rows:
 _TABLES: dict[tuple[Any, ...], tuple[torch.Tensor, torch.Tensor]] = {}
 
 
-@torch.compiler.assume_constant_result
+def to_be_compiled() -> None:
+    """Before anything here is compiled. Not when this is imported: it loads the compiler, a second's work."""
+    torch.compiler.assume_constant_result(_decay_tables)
+
+
 def _decay_tables(
     decay: float, width: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
