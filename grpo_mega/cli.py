@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -56,7 +57,16 @@ Verbose = Annotated[bool, typer.Option("--verbose", help="Show what torch and it
 
 
 def main() -> None:
-    sys.exit(launch.guarded(_run_app))
+    code = launch.CRASH_EXIT_CODE
+
+    def leave() -> None:
+        """The last of what is done at exit, because it is registered first: taking torch and Megatron apart
+        would be another second's work."""
+        launch.leave(code)
+
+    atexit.register(leave)
+    code = launch.guarded(_run_app)
+    sys.exit(code)
 
 
 def _run_app() -> int:

@@ -163,7 +163,7 @@ def _fail(error: Exception, is_rank: bool) -> int:
         draft.rename(note("report"))  # the parent never reads half a report
     elif _claim_failure():
         _print_report(report)
-    _leave(_exit_code(user_error))
+    leave(_exit_code(user_error))
 
 
 def _traceback_of(error: Exception) -> str:
@@ -175,8 +175,9 @@ def _traceback_of(error: Exception) -> str:
     return "".join(traceback.format_exception(type(error), error, own)).rstrip()
 
 
-def _leave(code: int) -> NoReturn:
-    """Past atexit and destructors: with other ranks gone, a process group's may wait for them for ever."""
+def leave(code: int) -> NoReturn:
+    """Past destructors, and past what is left to do at exit: with other ranks gone, a process group's may
+    wait for them for ever."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

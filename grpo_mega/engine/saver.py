@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import pickle
 import queue
 import shutil
 import time
@@ -269,4 +270,17 @@ def _share_results() -> None:
     if filesystem_async._results_queue is None:
         helper = SyncManager(ctx=multiprocessing.get_context("spawn"))
         helper.start(serve_parent, (os.getpid(),))
-        filesystem_async._results_queue = helper.Queue()
+        filesystem_async._results_queue = _Packed(helper.Queue())
+
+
+@dataclass(frozen=True, slots=True)
+class _Packed:
+    """What Megatron asks of a queue. The helper only holds bytes: for results it would import torch."""
+
+    results: queue.Queue[bytes]
+
+    def put(self, item: Any) -> None:
+        self.results.put(pickle.dumps(item))
+
+    def get_nowait(self) -> Any:
+        return pickle.loads(self.results.get_nowait())

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib
 import os
-from functools import partial
+from collections.abc import Callable
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,8 @@ from tests.wandb_files import logs, rows
 EVALUATED = "eval_avg_test_pass_rate"
 
 LAYOUTS = {"tp2": {"tp": 2}, "dp2": {"dp": 2}}
+ON_BOTH = {"after backward", "writing shards"}
+"""What the layouts do differently; the other points take turns."""
 
 # Where it dies: the function that is about to be called, and the call (from 1) that is its last. Checkpoints
 # are due after steps 2 (the end of the warm-up), 4, 6 and 7.
@@ -94,16 +97,28 @@ def tracked(run_dir: Path) -> list[tuple[int, bool, float | None]]:
     return sorted(found)
 
 
-@pytest.fixture(scope="module", params=LAYOUTS)
-def undisturbed(request, tmp_path_factory) -> tuple[str, Path]:
-    run_dir = tmp_path_factory.mktemp(request.param) / "run"
-    assert run_ranks(2, train, recipe_of(run_dir, request.param), None) == [0, 0]
-    return request.param, run_dir
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory) -> Callable[[str], Path]:
+    @cache
+    def run_of(layout: str) -> Path:
+        run_dir = tmp_path_factory.mktemp(layout) / "run"
+        assert run_ranks(2, train, recipe_of(run_dir, layout), None) == [0, 0]
+        return run_dir
+
+    return run_of
 
 
-@pytest.mark.parametrize("point", POINTS)
-def test_killed_and_resumed_it_is_the_same_run(point, undisturbed, tmp_path):
-    layout, whole = undisturbed
+def _cases() -> list[tuple[str, str]]:
+    first, second = LAYOUTS
+    turns = [(point, second if turn % 2 else first) for turn, point in enumerate(POINTS)]
+    return turns + [
+        (point, first if layout == second else second) for point, layout in turns if point in ON_BOTH
+    ]
+
+
+@pytest.mark.parametrize(("point", "layout"), _cases())
+def test_killed_and_resumed_it_is_the_same_run(point, layout, undisturbed, tmp_path):
+    whole = undisturbed(layout)
     recipe = recipe_of(tmp_path / "run", layout)
     start = partial(run_ranks, 2, train, recipe)
     assert -9 in start(point), "the point was never reached"
