@@ -74,7 +74,7 @@ def test_a_rate_of_one_walks_through_the_tiers_and_stops_with_a_diagnosis(warmed
 
 def test_under_autopilot_a_rate_ten_times_too_high_reaches_the_normal_pass_rate(warmed_up, tmp_path):
     run_dir = tmp_path / "run"
-    done = _go_on(warmed_up, run_dir, 100, 2e-3, "guard.autopilot=true")
+    done = _go_on(warmed_up, run_dir, 75, 2e-3, "guard.autopilot=true")
     assert done.returncode == 0, done.stderr
     rates = [
         r.metrics["eval_avg_test_pass_rate"]
@@ -82,4 +82,4 @@ def test_under_autopilot_a_rate_ten_times_too_high_reaches_the_normal_pass_rate(
         if "eval_avg_test_pass_rate" in r.metrics
     ]
     assert any(event["kind"] == "intervention" for event in _events(run_dir))
-    assert rates[-1] >= 0.88  # .94 to .95 with the rate that the recipe states
+    assert rates[-1] >= 0.88  # .93 to .94 with the rate that the recipe states

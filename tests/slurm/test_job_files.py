@@ -1,5 +1,4 @@
-"""Every job file, two steps each, by real srun; some over two nodes, with real gloo between two network
-namespaces. What those do not show is a matter of the recipe and not of nodes: one rank shows it sooner."""
+"""Every job file, two steps each, by real srun over two nodes: real gloo between two network namespaces."""
 
 from __future__ import annotations
 
@@ -20,12 +19,10 @@ SWEEP = "sweep_ema_beta.sbatch"
 TRAINING = [name for name in FILES if name not in (SWEEP, "eval.sbatch", "rollout_node.sbatch")]
 SOURCE = "innovation_2_1_ema.sbatch"
 """The run that eval.sbatch measures."""
-TWO_NODES = (SOURCE, "multi_node.sbatch", "debug_single_node.sbatch")
-ONE_RANK = ("--nodes=1", "--ntasks-per-node=1")
 
 
 class Queue:
-    """All jobs, submitted at once: Slurm runs two at a time."""
+    """All jobs, submitted at once: Slurm runs one after the other."""
 
     def __init__(self, cluster: Cluster, recipe: str, folder: Path):
         self.folder = folder
@@ -37,13 +34,12 @@ class Queue:
             OVERRIDES="eval.temperature=0",
         )
         # Each task has the run.dir that the file gives it, below the directory it starts in.
-        two = (*ONE_RANK, "--array=1,3", f"--chdir={folder}")
-        self.sweep = cluster.submit(SWEEP, *two, RECIPE=recipe, OVERRIDES="train.steps=2 parallel.dp=1")
+        two = ("--array=1,3", f"--chdir={folder}")
+        self.sweep = cluster.submit(SWEEP, *two, RECIPE=recipe, OVERRIDES="train.steps=2")
 
     def _train(self, cluster: Cluster, name: str, recipe: str) -> Job:
-        ranks, options = (2, ()) if name in TWO_NODES else (1, ONE_RANK)
-        changes = {"run.dir": self.run_dir(name), "train.steps": 2, "parallel.dp": ranks}
-        return cluster.submit(name, *options, RECIPE=recipe, OVERRIDES=words(changes))
+        changes = {"run.dir": self.run_dir(name), "train.steps": 2}
+        return cluster.submit(name, RECIPE=recipe, OVERRIDES=words(changes))
 
     def run_dir(self, name: str) -> Path:
         return self.folder / Path(name).stem
@@ -63,16 +59,13 @@ def test_a_cluster_accepts_it_as_it_is(name: str, cluster: Cluster):
 @pytest.mark.parametrize("name", TRAINING)
 def test_it_trains(name: str, queue: Queue):
     job, run_dir = queue.jobs[name], queue.run_dir(name)
-    ranks = 2 if name in TWO_NODES else 1
     assert job.finish() == "COMPLETED", job.output
-    assert f"{ranks} ranks meet at node" in job.output
+    assert "2 ranks meet at node" in job.output
     assert f":{20000 + int(job.number) % 10000};" in job.output
     steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert max(steps) == 2
     assert (run_dir / "hf" / "config.json").is_file()
-    assert {path.name for path in (run_dir / "logs").glob("rank_*")} == {
-        f"rank_{rank}.txt" for rank in range(ranks)
-    }
+    assert {path.name for path in (run_dir / "logs").glob("rank_*")} == {"rank_0.txt", "rank_1.txt"}
     assert not list(run_dir.glob("slurm_lock*"))
     _assert_loss_of(name, run_dir)
 
