@@ -22,7 +22,7 @@ SOURCE = "innovation_2_1_ema.sbatch"
 
 
 class Queue:
-    """All jobs, submitted at once: Slurm runs one after the other."""
+    """All jobs, submitted at once: Slurm runs two at a time, each with half of both nodes."""
 
     def __init__(self, cluster: Cluster, recipe: str, folder: Path):
         self.folder = folder
@@ -38,7 +38,7 @@ class Queue:
         self.sweep = cluster.submit(SWEEP, *two, RECIPE=recipe, OVERRIDES="train.steps=2")
 
     def _train(self, cluster: Cluster, name: str, recipe: str) -> Job:
-        changes = {"run.dir": self.run_dir(name), "train.steps": 2}
+        changes = {"run.dir": self.run_dir(name), "train.steps": 2, "parallel.dp": 2}
         return cluster.submit(name, RECIPE=recipe, OVERRIDES=words(changes))
 
     def run_dir(self, name: str) -> Path:
