@@ -173,8 +173,9 @@ USER_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", USER_MISTAKES)
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize(
+    ("mistake", "ranks"), [*((mistake, 2) for mistake in USER_MISTAKES), ("a typo", 1), ("missing file", 1)]
+)
 def test_a_users_mistake_is_one_clear_message(mistake: str, ranks: int, tmp_path: Path):
     overrides, named = USER_MISTAKES[mistake]
     recipe = _recipe_file(tmp_path)
