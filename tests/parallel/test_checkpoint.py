@@ -194,3 +194,18 @@ def test_a_finished_run_given_more_steps_is_the_longer_run(ranks, tmp_path):
     extended, whole = (tiny.metrics_of(tmp_path / name) for name in ("short", "long"))
     trained = [[line for line in lines if "actor/lr" in line] for lines in (extended, whole)]
     assert trained[0] == trained[1]
+
+
+def _helpers_with_torch_after_a_save(run_dir: Path) -> list[str]:
+    import psutil
+
+    recipe = tiny.recipe_dict(run_dir, checkpoint=CHECKPOINT, eval={"every": 0})
+    tiny.train_on_pool(recipe)
+    helpers = psutil.Process().children(recursive=True)
+    assert helpers
+    return [" ".join(h.cmdline()) for h in helpers if any("libtorch" in m.path for m in h.memory_maps())]
+
+
+def test_the_writers_helper_holds_no_torch(ranks, tmp_path):
+    """It stays for the whole run, one for each rank: 270 MB otherwise, and seconds at the first save."""
+    assert ranks(1).run(_helpers_with_torch_after_a_save, tmp_path / "run") == [[]]
