@@ -94,9 +94,10 @@ class SglangBlock(Block):
 
     @model_validator(mode="after")
     def urls_are_whole_and_distinct(self) -> SglangBlock:
-        for url in (*self.urls, self.router or "http://"):
-            if not url.startswith(("http://", "https://")):
-                raise ValueError(f"rollout.sglang: {url!r} must begin with http:// or https://")
+        named = [("urls", url) for url in self.urls] + [("router", self.router)] * (self.router is not None)
+        for key, url in named:
+            if not str(url).startswith(("http://", "https://")):
+                raise ValueError(f"rollout.sglang.{key}: {url!r} must begin with http:// or https://")
         if len(set(self.urls)) != len(self.urls):
             raise ValueError("rollout.sglang.urls names a server twice")
         return self

@@ -58,7 +58,7 @@ def healthy_workers(router: str) -> set[str]:
     try:
         workers = _get(f"{router.rstrip('/')}/workers").raise_for_status().json()["workers"]
         return {worker["url"].rstrip("/") for worker in workers if worker["is_healthy"]}
-    except (httpx.HTTPError, ValueError, KeyError):
+    except (httpx.HTTPError, ValueError, KeyError, TypeError):  # TypeError: JSON of another shape
         return set()
 
 

@@ -143,6 +143,10 @@ def test_a_router_without_servers_that_answer_is_named(tmp_path: Path):
         fleet = _external(tmp_path, router.url, urls_wait_seconds=0.01)
         with pytest.raises(UserError, match=f"{router.url} names no servers"):
             fleet.ready(thoroughly=False)
+        router.answer = lambda path, body: (200, ["something", "else"])  # some other program's server
+        with pytest.raises(UserError, match=f"{router.url} names no servers"):
+            fleet.ready(thoroughly=False)
+        del router.answer
         router.workers = {"http://127.0.0.1:9": True}
         with pytest.raises(UserError, match=r"names http://127\.0\.0\.1:9, which does not answer"):
             fleet.ready(thoroughly=False)
@@ -151,5 +155,5 @@ def test_a_router_without_servers_that_answer_is_named(tmp_path: Path):
 def test_a_router_of_somebody_elses_is_of_external_servers():
     with pytest.raises(ValidationError, match="mode router starts a router of its own"):
         SglangBlock(mode="router", servers=2, router="http://a")
-    with pytest.raises(ValidationError, match="must begin with http"):
+    with pytest.raises(ValidationError, match=r"rollout\.sglang\.router: 'a:1' must begin with http"):
         SglangBlock(mode="external", router="a:1")
