@@ -61,7 +61,8 @@ def trace_mismatch(trainer_RW: torch.Tensor, sampler_RW: torch.Tensor, traces: T
     traces.tokens("mismatch/k3", bounded_RW.expm1() - bounded_RW)
     traces.tokens("mismatch/trainer", trainer_prob_RW, spread=True)
     traces.tokens("mismatch/sampler", sampler_prob_RW, spread=True)
-    traces.tokens("mismatch/product", trainer_prob_RW * sampler_prob_RW)
+    # in float64: of a sure policy the products differ from 1 by less than float32 can say
+    traces.tokens("mismatch/product", trainer_prob_RW.double() * sampler_prob_RW)
 
 
 def mismatch_metrics(moments: MomentsByName) -> dict[str, Metric]:

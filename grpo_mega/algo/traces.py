@@ -18,7 +18,9 @@ class Moments:
     """Sums over tokens (or sequences) of x - shift and its square, and the extremes of x where they were
     asked for.
 
-    The shift (1 for ratios) keeps variances of numbers near it exact in float32.
+    All sums are in float64: a variance is the small difference of two large sums, and float32 sums would also
+    change with the width of a processor's vectors. The shift (1 for ratios) keeps variances of numbers near
+    it exact.
     """
 
     count: torch.Tensor
@@ -133,7 +135,7 @@ class MomentsByName(dict[str, Moments]):
 
 @dataclass(frozen=True)
 class Partials:
-    """Sums and extremes of each row."""
+    """Sums (float64) and extremes of each row."""
 
     total_R: torch.Tensor
     shift: float
@@ -146,7 +148,8 @@ class Partials:
         cls, values: torch.Tensor, valid: torch.Tensor, shift: float, spread: bool, extremes: bool
     ) -> Partials:
         values = values.detach().expand_as(valid)
-        shifted = (values - shift if shift else values).where(valid, 0.0)
+        wide = values.double()
+        shifted = (wide - shift if shift else wide).where(valid, 0.0)
         return cls(
             shifted.sum(1),
             shift,
@@ -157,7 +160,7 @@ class Partials:
 
 
 def _summed(rows: dict[str, Partials], count: torch.Tensor) -> dict[str, Moments]:
-    """Over rows, all names at once; sums in float64."""
+    """Over rows, all names at once."""
     parts = list(rows.values())
     totals = _over_rows([p.total_R for p in parts], "sum")
     squares = _over_rows([p.squares_R for p in parts], "sum")
@@ -181,7 +184,7 @@ def _over_rows(
         return parts
     stacked_NR = torch.stack(there)
     if how == "sum":
-        reduced_N = stacked_NR.sum(1, dtype=torch.float64)
+        reduced_N = stacked_NR.sum(1)
     else:
         reduced_N = stacked_NR.amin(1) if how == "amin" else stacked_NR.amax(1)
     values = iter(reduced_N.unbind())

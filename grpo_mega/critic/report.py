@@ -16,7 +16,7 @@ from grpo_mega.kernels.discriminator import EPSILON
 
 def pair_metrics(prefix: str, pairs: PairBatch, scores: PairScores, judged: Judgement) -> dict[str, float]:
     """Over all pairs of the step; a number over nothing, or undefined there, is left out."""
-    teacher_P, student_P = scores.teacher_P.detach(), scores.student_P.detach()
+    teacher_P, student_P = scores.teacher_P.detach().double(), scores.student_P.detach().double()
     count = teacher_P.numel()
     if not count:
         return {f"{prefix}/pairs": 0.0}

@@ -205,7 +205,7 @@ class _WeightedLoss(torch.autograd.Function):
         ctx.save_for_backward(made.gradient_T, made.entropy_gradient_T)
         ctx.dtypes = trainer_T.dtype, None if entropy_T is None else entropy_T.dtype
         sums_PN4 = made.sums_PN4
-        totals_N2 = sums_PN4[:, :, :2].sum(0, dtype=torch.float64)
+        totals_N2 = sums_PN4[:, :, :2].sum(0)
         results = (
             made.loss_T,
             totals_N2,
@@ -278,7 +278,7 @@ class _Launches:
         self.gradient_T = empty(tokens)
         self.entropy_gradient_T = empty_if(differentiate_entropy)
         self.table_SB = empty(len(TABLE), inputs.sequences)
-        self.sums_PN4 = empty(self.programs, len(TRACES), 4)
+        self.sums_PN4 = empty(self.programs, len(TRACES), 4, dtype=torch.float64)
         self.sequence_T = empty(tokens, dtype=torch.int32)
         self.first_B = empty(inputs.sequences, dtype=torch.int32)
         self.position_T = empty_if(bool(switches.decay), torch.int32)

@@ -45,9 +45,10 @@ LOSSES: Mapping[str, dict[str, Any]] = {
         "correction": {"kind": "mis", "level": "sequence"},
     },
 }
-INTEGERS = {"valid_ptr": "*u8", "cu_seqlens_ptr": "*i32"} | {
+POINTERS = {"valid_ptr": "*u8", "cu_seqlens_ptr": "*i32", "sums_ptr": "*fp64"} | {
     f"{name}_ptr": "*i32" for name in ("sequence", "position", "first")
 }
+"""Those that are not of float32."""
 COUNTS = ("tokens", "sequences", "given")
 
 
@@ -74,7 +75,7 @@ def _case(title: str, kernel: Any, options: WeightingOptions, block: int, warps:
     held = {name: None for name in names if absent.get(name, False)}
     held |= {name: constants[name] for name in names if name.isupper()}
     signature = {
-        name: INTEGERS.get(name, "*fp32") if name.endswith("_ptr") else "i32" if name in COUNTS else "fp32"
+        name: POINTERS.get(name, "*fp32") if name.endswith("_ptr") else "i32" if name in COUNTS else "fp32"
         for name in names
         if name not in held
     }

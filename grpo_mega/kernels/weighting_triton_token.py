@@ -304,7 +304,8 @@ def token_kernel(
     trace(sums_ptr, k3_of(within(mismatch, -LOG_BOUND, LOG_BOUND)), valid, MISMATCH_K3)
     trace(sums_ptr, trainer_prob, valid, MISMATCH_TRAINER)
     trace(sums_ptr, sampler_prob, valid, MISMATCH_SAMPLER)
-    trace(sums_ptr, trainer_prob * sampler_prob, valid, MISMATCH_PRODUCT)
+    # of a sure policy the products differ from 1 by less than float32 can say
+    trace(sums_ptr, trainer_prob.to(tl.float64) * sampler_prob, valid, MISMATCH_PRODUCT)
 
     # D. loss and gradients
     aggregate = tl.zeros((BLOCK,), tl.float32) + scale

@@ -49,11 +49,12 @@ CORRECTION_ACTED = tl.constexpr(_CODES["correction/acted"])
 
 @triton.jit
 def trace(sums_ptr, values, valid, CODE: tl.constexpr):
-    """Stores the sum of x - shift and, where asked for, the sum of its square and the extremes of x."""
+    """Stores the sum of x - shift and, where asked for, the sum of its square, in float64, and the extremes
+    of x."""
     sums_ptr += CODE // 8 * 4
-    shifted = values
+    shifted = values.to(tl.float64)
     if CODE // 4 % 2 == 1:
-        shifted = values - 1.0
+        shifted -= 1.0
     shifted = tl.where(valid, shifted, 0.0)
     tl.store(sums_ptr, tl.sum(shifted, 0))
     if CODE // 2 % 2 == 1:

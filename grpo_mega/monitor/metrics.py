@@ -54,8 +54,8 @@ Metrics = Mapping[str, Metric]
 
 
 def mean_of(values: torch.Tensor, mask: torch.Tensor) -> Metric:
-    """Mean over the places where mask is true."""
-    return Metric(values.detach().where(mask, 0.0).sum(), mask.sum())
+    """Mean over the places where mask is true; summed in float64."""
+    return Metric(values.detach().where(mask, 0.0).sum(dtype=torch.float64), mask.sum())
 
 
 def max_of(values: torch.Tensor, mask: torch.Tensor) -> Metric:

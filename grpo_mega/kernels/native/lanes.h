@@ -56,27 +56,27 @@ struct Chunk {
   void write(float* values, const Lanes& x) const { where(valid, x, all(0.0f)).store(values + place, count); }
 };
 
-// A sum over many tokens: in float32 over a few thousand, then in float64.
+// A sum over many tokens, in float64: float32 sums would change with the width of a vector.
 class Sum {
  public:
   void add(const Lanes& x) {
-    part_ = part_ + x;
-    if (++added_ == 128) flush();
+    float values[WIDTH];
+    x.store(values);
+    for (int i = 0; i < WIDTH; ++i) parts_[i] += values[i];
   }
-  double value() {
-    flush();
-    return total_;
+  void add_square(const Lanes& x) {
+    float values[WIDTH];
+    x.store(values);
+    for (int i = 0; i < WIDTH; ++i) parts_[i] += static_cast<double>(values[i]) * values[i];
+  }
+  double value() const {
+    double total = 0.0;
+    for (double part : parts_) total += part;
+    return total;
   }
 
  private:
-  void flush() {
-    total_ += sum_of(part_);
-    part_ = all(0.0f);
-    added_ = 0;
-  }
-  Lanes part_ = all(0.0f);
-  double total_ = 0.0;
-  int added_ = 0;
+  double parts_[WIDTH] = {};
 };
 
 struct Ratio {

@@ -178,7 +178,7 @@ class Sequence {
       const Lanes deviation = where(tokens.valid, ratio - all(1.0f), all(0.0f));
       if constexpr (LEVEL != "token") {
         deviations.add(deviation);
-        squares.add(deviation * deviation);
+        squares.add_square(deviation);
       }
       if constexpr (LEVEL == "gspo" || LEVEL == "gspo_token")
         logarithms.add(where(tokens.valid, ratio.log(), all(0.0f)));

@@ -4,12 +4,11 @@
 // file, written from the Python side (grpo_mega.kernels.native).
 #include "sequence.h"
 
-// Of x - shift and, where asked for, of its square; the extremes of x. In float32 over a few thousand tokens, then in float64.
+// Of x - shift and, where asked for, of its square, in float64; the extremes of x.
 class Traces {
  public:
   explicit Traces(const Arguments& given, int64_t program)
       : sums_(given.sums + program * TRACE_COUNT * 4), counts_(2 * BINS, 0) {
-    for (auto& part : parts_) part = all(0.0f);
     for (int i = 0; i < TRACE_COUNT; ++i) {
       lowest_[i] = all(INFINITE);
       highest_[i] = all(-INFINITE);
@@ -19,13 +18,28 @@ class Traces {
   template <int CODE>
   void add(const Lanes& valid, const Lanes& values) {
     constexpr int index = CODE / 8;
-    const Lanes shifted = where(valid, CODE / 4 % 2 ? values - all(1.0f) : values, all(0.0f));
-    parts_[2 * index] = parts_[2 * index] + shifted;
-    if constexpr (CODE / 2 % 2 == 1) parts_[2 * index + 1] = parts_[2 * index + 1] + shifted * shifted;
+    constexpr float shift = CODE / 4 % 2;
+    float numbers[WIDTH];
+    where(valid, values, all(shift)).store(numbers);
+    for (int i = 0; i < WIDTH; ++i) {
+      const double shifted = static_cast<double>(numbers[i]) - shift;
+      parts_[2 * index][i] += shifted;
+      if constexpr (CODE / 2 % 2 == 1) parts_[2 * index + 1][i] += shifted * shifted;
+    }
     if constexpr (CODE % 2 == 1) {
       lowest_[index] = at::vec::minimum(lowest_[index], where(valid, values, all(INFINITE)));
       highest_[index] = at::vec::maximum(highest_[index], where(valid, values, all(-INFINITE)));
     }
+  }
+
+  // Of x y: of a sure policy such products differ from 1 by less than float32 can say.
+  template <int CODE>
+  void add_product(const Lanes& valid, const Lanes& x, const Lanes& y) {
+    static_assert(CODE % 8 == 0, "a plain sum");
+    float first[WIDTH], second[WIDTH];
+    where(valid, x, all(0.0f)).store(first);
+    y.store(second);
+    for (int i = 0; i < WIDTH; ++i) parts_[CODE / 4][i] += static_cast<double>(first[i]) * second[i];
   }
 
   // By the bits of each number: see grpo_mega.monitor.histogram.
@@ -43,16 +57,10 @@ class Traces {
     if (!chunk.is_full()) counts[BIN_SIDE] -= WIDTH - static_cast<int>(sum_of(ones_where(chunk.valid)));  // those that are none
   }
 
-  void flush() {
-    for (int i = 0; i < 2 * TRACE_COUNT; ++i) {
-      sums_[i / 2 * 4 + i % 2] += sum_of(parts_[i]);
-      parts_[i] = all(0.0f);
-    }
-  }
-
   void finish(const Arguments& given) {
-    flush();
     for (int i = 0; i < TRACE_COUNT; ++i) {
+      for (int column = 0; column < 2; ++column)
+        for (double part : parts_[2 * i + column]) sums_[4 * i + column] += part;
       float lowest[WIDTH], highest[WIDTH];
       lowest_[i].store(lowest);
       highest_[i].store(highest);
@@ -65,7 +73,8 @@ class Traces {
 
  private:
   double* sums_;
-  Lanes parts_[2 * TRACE_COUNT], lowest_[TRACE_COUNT], highest_[TRACE_COUNT];
+  double parts_[2 * TRACE_COUNT][WIDTH] = {};
+  Lanes lowest_[TRACE_COUNT], highest_[TRACE_COUNT];
   std::vector<int32_t> counts_;
 };
 
@@ -94,7 +103,6 @@ class Evaluation {
   Evaluation(Sequence& sequence, Traces& traces) : of(sequence), given(sequence.given), traces(traces) {}
 
   void run() {
-    int64_t since_flush = 0;
     for (int64_t place = of.begin; place < of.end; place += WIDTH) {
       Tokens tokens(of, of.chunk(place));
       take_ratio(tokens);
@@ -102,9 +110,7 @@ class Evaluation {
       take_objective(tokens);
       take_correction(tokens);
       finish(tokens);
-      if (++since_flush % 256 == 0) traces.flush();
     }
-    traces.flush();
   }
 
  private:
@@ -228,7 +234,7 @@ class Evaluation {
     add<trace::mismatch_k3>(tokens, k3_of(within(mismatch, all(-LOG_BOUND), all(LOG_BOUND))));
     add<trace::mismatch_trainer>(tokens, trainer);
     add<trace::mismatch_sampler>(tokens, sampler);
-    add<trace::mismatch_product>(tokens, trainer * sampler);
+    traces.add_product<trace::mismatch_product>(tokens.chunk.valid, trainer, sampler);
   }
 
   void finish(Tokens& tokens) {
