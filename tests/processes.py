@@ -15,8 +15,8 @@ from typing import Any
 from grpo_mega.lifetime import die_with_parent
 from grpo_mega.ports import reserved_port
 
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tests.ends_with_parent", "grpo_mega.train", "tests.tiny"])
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["tests.forkserver"])
 LONGEST_SECONDS = 240
 
 
@@ -33,7 +33,7 @@ def _run(
     size: int, port: int, work: Callable[..., None], arguments: Sequence[Any], limit_seconds: float
 ) -> list[int]:
     ranks = [
-        _FORKS.Process(target=_rank, args=(rank, size, port, work, arguments), daemon=False)
+        FORKS.Process(target=_rank, args=(rank, size, port, work, arguments), daemon=False)
         for rank in range(size)
     ]
     for rank in ranks:

@@ -5,7 +5,6 @@ and returns its results by rank."""
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import traceback
 from collections.abc import Callable
@@ -13,6 +12,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from grpo_mega.ports import reserved_port
+from tests.processes import FORKS
 
 ANSWER_TIMEOUT_SECONDS = 240
 
@@ -25,12 +25,11 @@ class RankPool:
         self._start()
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(self.size):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, self.size, theirs), daemon=False)
+            ours, theirs = FORKS.Pipe()
+            process = FORKS.Process(target=_serve, args=(rank, self.size, theirs), daemon=False)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -95,6 +94,7 @@ def _serve(rank: int, size: int, pipe: Connection) -> None:
         except EOFError:
             return
         os.environ["MASTER_PORT"] = str(port)
+        gc.freeze()  # what is there is no litter of the function's
         try:
             answer = True, function(*args, **kwargs)
         except BaseException:

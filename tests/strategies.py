@@ -119,6 +119,17 @@ def every_pair(seed: int = 0) -> list[Names]:
     return chosen
 
 
+def with_every_choice(among: Sequence[Names]) -> list[Names]:
+    """As few of these as together hold every choice that any of them holds."""
+    wanted = {choice for names in among for choice in enumerate(names)}
+    chosen: list[Names] = []
+    while wanted:
+        best = max(among, key=lambda names: len(wanted & set(enumerate(names))))
+        chosen.append(best)
+        wanted -= set(enumerate(best))
+    return chosen
+
+
 def _with(names: Names, place: int, name: str) -> Names:
     return (*names[:place], name, *names[place + 1 :])
 

@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import json
-import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import tiny
+from tests.commands import run_command, users_environment
 
 ROOT = Path(__file__).parents[2]
 
 
 def _run(*arguments: object) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RANK")}
-    return subprocess.run(
-        [sys.executable, "-m", "grpo_mega", *map(str, arguments)],
-        cwd=ROOT,
-        env=environment | {"WANDB_MODE": "offline"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
+    return run_command(*arguments, environment=users_environment() | {"WANDB_MODE": "offline"})
 
 
 @pytest.fixture(scope="module")

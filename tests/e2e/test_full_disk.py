@@ -5,9 +5,7 @@ Mounting needs root; where it is refused these tests fail and say so.
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -19,10 +17,11 @@ import yaml
 from grpo_mega.checkpoints import faults
 from grpo_mega.monitor.jsonl import read_metrics
 from tests import tiny
+from tests.commands import Command
 
 ROOT = Path(__file__).parents[2]
 LONGEST_SECONDS = 300
-STEPS = 42
+STEPS = 24
 
 
 @contextmanager
@@ -38,20 +37,12 @@ def disk(where: Path, size: str) -> Iterator[Path]:
         subprocess.run(["umount", "--lazy", str(where)], check=True)
 
 
-def start(recipe: Path, *options: str) -> subprocess.Popen[str]:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "OMP_"))}
-    return subprocess.Popen(
-        [sys.executable, "-m", "grpo_mega", "train", str(recipe), "--quiet", *options],
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+def start(recipe: Path, *options: str) -> Command:
+    return Command("train", recipe, "--quiet", *options)
 
 
 @contextmanager
-def running(recipe: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+def running(recipe: Path, *options: str) -> Iterator[Command]:
     process = start(recipe, *options)
     try:
         yield process
@@ -60,7 +51,7 @@ def running(recipe: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
         process.communicate()
 
 
-def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> None:
+def wait_for(condition: Callable[[], bool], process: Command) -> None:
     deadline = time.monotonic() + LONGEST_SECONDS
     while not condition():
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()

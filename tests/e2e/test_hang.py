@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import yaml
 
 from grpo_mega.ports import reserved_port
 from tests import tiny
+from tests.commands import run_command
 
 
 def test_a_rank_that_never_came_is_named(tmp_path: Path):
@@ -20,14 +19,7 @@ def test_a_rank_that_never_came_is_named(tmp_path: Path):
     place = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     with reserved_port() as port:
         meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        done = subprocess.run(
-            [sys.executable, "-m", "grpo_mega", "train", str(path)],
-            env={**os.environ, **place, **meeting},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
+        done = run_command("train", path, environment={**os.environ, **place, **meeting})
     assert done.returncode == 85, done.stderr
     assert "rank 0: nothing finished in 0.05 minutes" in done.stderr
     assert "  rank 1: missing; left no stack" in done.stderr

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,24 +15,27 @@ import yaml
 
 from grpo_mega.checkpoints import complete_checkpoints
 from tests import tiny
+from tests.commands import Command, users_environment
+from tests.matrices import by_hand
 
 ROOT = Path(__file__).parents[2]
 LONGEST_SECONDS = 300
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "grpo_mega")
-OWN = (sys.executable, "-m", "grpo_mega")
+OWN = ()  # forked
 
 
-def _start(command: Sequence[str], folder: Path, *options: str, dp: int) -> subprocess.Popen[str]:
+def _start(command: Sequence[str], folder: Path, *options: str, dp: int) -> subprocess.Popen[str] | Command:
     recipe = folder / "recipe.yaml"
     # long enough that a test which is slow to look does not find a finished run
-    stages = [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 16}}]
+    stages = [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 10}}]
     blocks = {"parallel": {"dp": dp}, "stages": stages, "eval": {"every": 12}}
     recipe.write_text(yaml.safe_dump(tiny.recipe_dict(folder / "run", **blocks)))
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("RANK", "OMP_"))}
+    if not command:
+        return Command("train", recipe, *options)
     return subprocess.Popen(
         [*command, "train", str(recipe), *options],
         cwd=ROOT,
-        env=environment,
+        env=users_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -41,7 +43,7 @@ def _start(command: Sequence[str], folder: Path, *options: str, dp: int) -> subp
     )
 
 
-def _after_step(step: int, run_dir: Path, process: subprocess.Popen[str]) -> None:
+def _after_step(step: int, run_dir: Path, process: subprocess.Popen[str] | Command) -> None:
     deadline = time.monotonic() + LONGEST_SECONDS
     metrics = run_dir / "metrics.jsonl"
     while not (metrics.exists() and f'"step": {step},' in metrics.read_text()):
@@ -63,7 +65,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (OWN, signal.SIGUSR1, 2, 85),
         (OWN, signal.SIGTERM, 1, 85),
-        (TORCHRUN, signal.SIGTERM, 2, 1),  # torchrun's own code; its ranks leave with 85
+        by_hand(TORCHRUN, signal.SIGTERM, 2, 1),  # torchrun's own code; its ranks leave with 85
     ],
     ids=["own-usr1", "alone-term", "torchrun-term"],
 )

@@ -18,24 +18,26 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from grpo_mega.monitor.jsonl import read_metrics
 from tests import tiny
+from tests.commands import Command, run_command, users_environment
+from tests.matrices import by_hand
 
 ROOT = Path(__file__).parents[2]
 LONGEST_SECONDS = 300
 
 
+OWN = (sys.executable, "-m", "grpo_mega")
+
+
 def _environment() -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(("RANK", "OMP_"))}
-    return kept | {"WANDB_MODE": "offline"}
-
-
-def _command(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "grpo_mega", *map(str, arguments)]
+    return users_environment() | {"WANDB_MODE": "offline"}
 
 
 def _run(*arguments: object, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
-    command = [*prefix, *map(str, arguments)] if prefix else _command(*arguments)
+    """Forked, or as `prefix` starts it."""
+    if not prefix:
+        return run_command(*arguments, environment=_environment())
     return subprocess.run(
-        command,
+        [*prefix, *map(str, arguments)],
         cwd=ROOT,
         env=_environment(),
         capture_output=True,
@@ -56,7 +58,8 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A finished two-rank run: its folder and what it printed."""
     folder = tmp_path_factory.mktemp("finished")
     trackers = [f"--tracker={name}" for name in ("wandb", "tensorboard")]
-    done = _run("train", _recipe_file(folder, parallel={"dp": 2}, checkpoint={"every": 3}), *trackers)
+    recipe = _recipe_file(folder, parallel={"dp": 2}, checkpoint={"every": 3})
+    done = _run("train", recipe, *trackers, prefix=OWN)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
@@ -107,17 +110,7 @@ def test_torchrun_is_a_way_to_start_it(finished: tuple[Path, str], tmp_path: Pat
 def test_interrupted_nothing_is_left_and_resume_goes_on(finished: tuple[Path, str], tmp_path: Path):
     """Ctrl-C after the first checkpoint; resumed, the run ends with the numbers of the undisturbed one."""
     recipe = _recipe_file(tmp_path, parallel={"dp": 2}, checkpoint={"every": 3})
-    process = subprocess.Popen(
-        _command("train", recipe),
-        cwd=ROOT,
-        env=_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        # A background shell that ignores SIGINT passes that on; a person's terminal does not.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-    )
+    process = Command("train", recipe, environment=_environment())
     family = psutil.Process(process.pid)
     latest = tmp_path / "run" / "checkpoints" / "latest"
     deadline = time.monotonic() + LONGEST_SECONDS
@@ -139,14 +132,7 @@ def test_interrupted_nothing_is_left_and_resume_goes_on(finished: tuple[Path, st
 
 def test_a_killed_run_leaves_no_helper_behind(tmp_path: Path):
     """SIGKILL after a checkpoint, whose writer has a process of its own."""
-    process = subprocess.Popen(
-        _command("train", _recipe_file(tmp_path, checkpoint={"every": 1})),
-        cwd=ROOT,
-        env=_environment(),
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    process = Command("train", _recipe_file(tmp_path, checkpoint={"every": 1}), environment=_environment())
     latest = tmp_path / "run" / "checkpoints" / "latest"
     deadline = time.monotonic() + LONGEST_SECONDS
     while not latest.exists():
@@ -174,7 +160,12 @@ USER_MISTAKES = {
 
 
 @pytest.mark.parametrize(
-    ("mistake", "ranks"), [*((mistake, 2) for mistake in USER_MISTAKES), ("a typo", 1), ("missing file", 1)]
+    ("mistake", "ranks"),
+    [
+        *((mistake, 1) for mistake in USER_MISTAKES),
+        ("missing file", 2),
+        *(by_hand(mistake, 2) for mistake in USER_MISTAKES if mistake != "missing file"),
+    ],
 )
 def test_a_users_mistake_is_one_clear_message(mistake: str, ranks: int, tmp_path: Path):
     overrides, named = USER_MISTAKES[mistake]
@@ -183,7 +174,7 @@ def test_a_users_mistake_is_one_clear_message(mistake: str, ranks: int, tmp_path
     _assert_one_message(done, named)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, by_hand(2)])
 def test_a_bad_line_of_data_is_named(ranks: int, tmp_path: Path):
     data = tmp_path / "train.jsonl"
     data.write_text('{"prompt": "1+1=", "answer": "2"}\n{"prompt": "1+2=", "answer":\n')
@@ -205,25 +196,10 @@ def _assert_one_message(done: subprocess.CompletedProcess[str], named: str) -> N
 def test_hf_conversion_tool_goes_there_and_back(finished: tuple[Path, str], tmp_path: Path):
     source = finished[0] / "run" / "hf"
     there, back = tmp_path / "megatron", tmp_path / "hf"
-    tool = [sys.executable, "tools/convert_hf.py"]
-    first = _run("to-megatron", source, there, "--dtype", "float32", prefix=tool)
+    tool = ROOT / "tools" / "convert_hf.py"
+    first = run_command("to-megatron", source, there, "--dtype", "float32", script=tool)
     assert first.returncode == 0, first.stderr
-    second = _run("to-hf", there, source, back, "--dtype", "float32", prefix=tool)
+    second = run_command("to-hf", there, source, back, "--dtype", "float32", script=tool)
     assert second.returncode == 0, second.stderr
     original, returned = (AutoModelForCausalLM.from_pretrained(d).state_dict() for d in (source, back))
     assert all(torch.equal(returned[name], weight) for name, weight in original.items())
-
-
-@pytest.mark.slow
-def test_the_quickstart_learns_to_sort(tmp_path: Path):
-    """What the README promises: from near .5 after the warm-up to at least .85, at least .2 more."""
-    done = _run("train", "recipes/quickstart.yaml", f"run.dir={tmp_path / 'run'}", "--quiet")
-    assert done.returncode == 0, done.stderr
-    rates = {
-        (record.stage, record.stage_step): record.metrics["eval_avg_test_pass_rate"]
-        for record in read_metrics(tmp_path / "run" / "metrics.jsonl")
-        if "eval_avg_test_pass_rate" in record.metrics
-    }
-    before, after = rates["sft", 150], rates["grpo", 100]
-    assert 0.3 <= before <= 0.65
-    assert after >= max(0.85, before + 0.2)

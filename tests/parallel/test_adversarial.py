@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests import tiny
+from tests.commands import run_command
+from tests.matrices import by_hand
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
 
@@ -58,7 +58,9 @@ def test_a_critic_learns_in_its_stages_and_rewards_in_the_last(alone):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"tp": 2, "pp": 2}], ids=["dp2", "tp2", "pp2", "tp2-pp2"]
+    "parallel",
+    [{"dp": 2}, {"tp": 2}, by_hand({"pp": 2}), by_hand({"tp": 2, "pp": 2})],
+    ids=["dp2", "tp2", "pp2", "tp2-pp2"],
 )
 def test_the_layout_changes_nothing(parallel, alone, ranks, tmp_path):
     size = 4 if len(parallel) == 2 else 2
@@ -84,8 +86,7 @@ def test_the_data_quality_tool_asks_the_critic_of_a_checkpoint(alone, tmp_path):
     data = tmp_path / "pairs.jsonl"
     data.write_text("\n".join(map(json.dumps, rows)))
     checkpoint = sorted((alone / "checkpoints").glob("step_*"))[-1]
-    command = [sys.executable, "tools/analyze_data_quality.py", str(data), "--critic", str(checkpoint)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = run_command(data, "--critic", checkpoint, script=ROOT / "tools" / "analyze_data_quality.py")
     assert done.returncode == 0, done.stderr
     found = json.loads((tmp_path / "quality.json").read_text())["numbers"]
     assert found["critic/pairs"] == 6 and found["critic/identical_pairs"] == 3
@@ -100,7 +101,7 @@ def train(recipe: dict[str, Any], kill: tuple[str, int] | None, resume: bool) ->
     tiny.train_on_pool(recipe, resume=resume)
 
 
-@pytest.mark.parametrize("call", [2, 5], ids=["in the warm-up", "in the adversarial stage"])
+@pytest.mark.parametrize("call", [by_hand(2), 5], ids=["in the warm-up", "in the adversarial stage"])
 def test_killed_inside_a_stage_it_goes_on_there(call, tmp_path):
     whole, broken = (
         recipe_of(tmp_path / name, parallel={"dp": 2}, checkpoint={"every": 1, "keep": 9})

@@ -12,6 +12,7 @@ import pytest
 from grpo_mega.checkpoints import faults
 from grpo_mega.errors import UserError
 from tests import tiny
+from tests.matrices import by_hand
 
 CHECKPOINT = {"every": 3, "keep": 9, "async": True}
 
@@ -33,7 +34,7 @@ def uninterrupted(ranks, tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("step", [2, 5])
+@pytest.mark.parametrize("step", [by_hand(2), 5])
 def test_same_layout_continues_bitwise(step, uninterrupted, ranks, tmp_path):
     run_dir = _rewind(uninterrupted, tmp_path / "resumed", step)
     recipe = tiny.recipe_dict(run_dir, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
@@ -41,7 +42,9 @@ def test_same_layout_continues_bitwise(step, uninterrupted, ranks, tmp_path):
     assert tiny.metrics_of(run_dir) == tiny.metrics_of(uninterrupted)
 
 
-@pytest.mark.parametrize("parallel", [{}, {"dp": 2}, {"pp": 2, "vpp": 2}], ids=["tp1", "dp2", "pp2-vpp2"])
+@pytest.mark.parametrize(
+    "parallel", [by_hand({}), {"dp": 2}, {"pp": 2, "vpp": 2}], ids=["tp1", "dp2", "pp2-vpp2"]
+)
 def test_other_layout_continues_the_same_run(parallel, uninterrupted, ranks, tmp_path):
     run_dir = _rewind(uninterrupted, tmp_path / "resumed", 5)
     recipe = tiny.recipe_dict(run_dir, parallel=parallel, checkpoint=CHECKPOINT)
@@ -53,7 +56,7 @@ def test_other_layout_continues_the_same_run(parallel, uninterrupted, ranks, tmp
         assert line == pytest.approx(reference, rel=2e-4, abs=2e-5), f"step {line['step']}"
 
 
-@pytest.mark.parametrize("background", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("background", [True, by_hand(False)], ids=["async", "sync"])
 def test_old_checkpoints_go_and_the_newest_is_named(background, ranks, tmp_path):
     checkpoint = {"every": 2, "keep": 2, "keep_best": False, "async": background}
     recipe = tiny.recipe_dict(tmp_path, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}})
@@ -75,7 +78,11 @@ def _flip(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("damage", "said"),
-    [(_cut, "bytes instead of"), (_flip, "other bytes than were written"), (Path.unlink, "is missing")],
+    [
+        by_hand(_cut, "bytes instead of"),
+        (_flip, "other bytes than were written"),
+        by_hand(Path.unlink, "is missing"),
+    ],
     ids=["truncated", "bit-flipped", "missing"],
 )
 def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_used(
@@ -118,7 +125,7 @@ def _train_with_small_files(recipe: dict[str, object], limit: int) -> str:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 
-@pytest.mark.parametrize("background", [True, False], ids=["async", "sync"])
+@pytest.mark.parametrize("background", [by_hand(True), False], ids=["async", "sync"])
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(background, ranks, tmp_path):
     checkpoint = {"every": 3, "keep": 9, "async": background}
     recipe = tiny.recipe_dict(tmp_path, parallel={"dp": 2}, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}})

@@ -32,6 +32,7 @@ from tests.critic import (
     share,
     weights_of,
 )
+from tests.matrices import by_hand, covering
 
 
 @pytest.fixture(scope="module")
@@ -106,7 +107,7 @@ def test_the_critic_is_a_transformers_model_with_a_linear_head(family, kind, ran
     assert seen.metrics["critic/grad_norm"] == pytest.approx(norm, rel=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", covering(LAYOUTS, default={"dp2", "tp2-sp", "pp2-vpp2", "cp2"}))
 def test_scores_loss_metrics_gradients_and_weights_on_every_layout(layout, single, model, ranks) -> None:
     options = LAYOUTS[layout]
     size = ParallelBlock(**options).world_size
@@ -114,7 +115,7 @@ def test_scores_loss_metrics_gradients_and_weights_on_every_layout(layout, singl
         assert_same(seen, single)
 
 
-@pytest.mark.parametrize("max_tokens", [1, 20, 1000])
+@pytest.mark.parametrize("max_tokens", [1, 20, by_hand(1000)])
 def test_any_micro_batch_size(max_tokens, single, model, ranks) -> None:
     assert_same(ranks(1).run(one_update, model, {}, BLOCK, max_tokens)[0], single)
 
@@ -140,7 +141,7 @@ def in_bfloat16(directory: Path, options: dict[str, Any]):
     return scores.student_P, discriminator.update(pairs, scores), {v.dtype for v in values}
 
 
-@pytest.mark.parametrize("layout", ["dp2", "pp2", "tp2-sp"])
+@pytest.mark.parametrize("layout", ["dp2", by_hand("pp2"), by_hand("tp2-sp")])
 def test_bfloat16_scores_in_float32(layout, single, model, ranks) -> None:
     for student_P, metrics, dtypes in ranks(2).run(in_bfloat16, model, LAYOUTS[layout]):
         assert dtypes <= {torch.float32}
@@ -170,7 +171,7 @@ def live_activations(directory: Path, count: int, max_tokens: int) -> tuple[int,
     return len(alive), most
 
 
-@pytest.mark.parametrize(("pairs", "max_tokens"), [(PAIRS, 16), (10_000, 4096)])
+@pytest.mark.parametrize(("pairs", "max_tokens"), [(PAIRS, 16), by_hand(10_000, 4096)])
 def test_scoring_holds_one_micro_batch_of_activations(pairs, max_tokens, model, ranks) -> None:
     count, most = ranks(1).run(live_activations, model, pairs, max_tokens)[0]
     assert count > 3 and most == 1
@@ -231,7 +232,7 @@ def value_update(directory: Path, options: dict[str, Any]):
     return Seen(nothing, nothing, reported, {name: before[name] - after[name] for name in before})
 
 
-@pytest.mark.parametrize("layout", ["dp2", "tp2-sp", "pp2", "cp2"])
+@pytest.mark.parametrize("layout", [by_hand("dp2"), "tp2-sp", "pp2", by_hand("cp2")])
 def test_value_updates_on_every_layout(layout, model, ranks) -> None:
     single = ranks(1).run(value_update, model, {})[0]
     assert single.metrics["value/loss"] > 0.1 and "value/explained_variance" in single.metrics

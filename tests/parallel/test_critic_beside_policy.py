@@ -12,6 +12,7 @@ import torch
 from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
 from tests import tiny
 from tests.critic import BLOCK, EOS, TRAIN, build, make_pairs, share, weights_of
+from tests.matrices import by_hand
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +60,7 @@ def policy_beside_a_critic(directory: Path, options: dict[str, Any], *, with_cri
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"tp": 2, "sequence_parallel": True}, {"pp": 2}, {"dp": 2}],
+    [by_hand({}), {"tp": 2, "sequence_parallel": True}, by_hand({"pp": 2}), by_hand({"dp": 2})],
     ids=["one", "tp2-sp", "pp2", "dp2"],
 )
 def test_a_critic_beside_it_changes_no_bit_of_the_policy(options, model, ranks) -> None:
@@ -116,7 +117,7 @@ def critic_through_a_checkpoint(
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dp": 2}, {"pp": 2}, {"tp": 2}, {"tp": 2, "pp": 2}],
+    [{}, {"dp": 2}, by_hand({"pp": 2}), by_hand({"tp": 2}), by_hand({"tp": 2, "pp": 2})],
     ids=["one", "dp2", "pp2", "tp2", "tp2-pp2"],
 )
 def test_policy_and_critic_share_a_checkpoint_that_any_layout_reads(

@@ -9,6 +9,7 @@ from typing import Any, cast
 import pytest
 
 from tests import tiny
+from tests.matrices import by_hand
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
 
@@ -73,7 +74,7 @@ def test_each_evaluation_says_why_it_does_not_advance(undisturbed):
     assert lines[-1].startswith("curriculum: stays in 'four digits': ") and "< 0.95" in lines[-1]
 
 
-@pytest.mark.parametrize("step", [4, 6])
+@pytest.mark.parametrize("step", [by_hand(4), 6])
 def test_killed_it_goes_on_in_its_stage(step, undisturbed, tmp_path):
     recipe = recipe_of(tmp_path / "run")
     kill = ("grpo_mega.steps:probe", step - 2)

@@ -12,6 +12,7 @@ import pytest
 from grpo_mega.checkpoints import complete_checkpoints
 from grpo_mega.errors import UserError
 from tests import tiny
+from tests.matrices import by_hand
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
 
@@ -52,7 +53,9 @@ def test_a_step_trains_on_groups_that_differ(alone):
 
 
 @pytest.mark.parametrize(
-    "parallel", [{"dp": 2}, {"tp": 2}, {"tp": 2, "pp": 2}], ids=["dp2", "tp2", "tp2-pp2"]
+    "parallel",
+    [{"dp": 2}, by_hand({"tp": 2}), by_hand({"tp": 2, "pp": 2})],
+    ids=["dp2", "tp2", "tp2-pp2"],
 )
 def test_the_layout_chooses_nothing(parallel, alone, ranks, tmp_path):
     size = 4 if len(parallel) == 2 else 2
@@ -67,9 +70,9 @@ def test_the_layout_chooses_nothing(parallel, alone, ranks, tmp_path):
 @pytest.mark.parametrize(
     "place, call",
     [
-        ("grpo_mega.rollout.local:LocalEngine.generate", 9),
+        by_hand("grpo_mega.rollout.local:LocalEngine.generate", 9),
         ("grpo_mega.engine.policy:apply_update", 5),
-        ("grpo_mega.engine.saver:publish", 5),
+        by_hand("grpo_mega.engine.saver:publish", 5),
     ],
     ids=["in a round", "in an update", "in a checkpoint"],
 )
@@ -126,7 +129,7 @@ def test_rewards_that_never_differ_end_the_run(ranks, tmp_path):
         assert "in none of the groups of 4 rounds do the rewards differ" in said
 
 
-@pytest.mark.parametrize("truncated", ["mask", "drop"])
+@pytest.mark.parametrize("truncated", ["mask", by_hand("drop")])
 def test_cut_samples_are_left_out_on_any_layout(truncated, ranks, tmp_path):
     """Fewer tokens are trained on than were sampled, the same on one rank and on two."""
     rollout = {"truncated": truncated, "max_new_tokens": 12, "dynamic_sampling": None, "group_size": 4}

@@ -11,6 +11,7 @@ import torch
 
 from grpo_mega.errors import UserError
 from tests import tiny
+from tests.matrices import by_hand
 
 
 def _train_with_nan_gradients(recipe: dict[str, Any], updates: list[int]) -> str:
@@ -70,7 +71,7 @@ def _train_until_stopped(recipe: dict[str, Any]) -> str:
     return ""
 
 
-@pytest.mark.parametrize("parallel", [{"dp": 2}, {"pp": 2}], ids=["dp2", "pp2"])
+@pytest.mark.parametrize("parallel", [by_hand({"dp": 2}), {"pp": 2}], ids=["dp2", "pp2"])
 def test_a_stop_names_sample_and_tokens_with_both_log_probs(parallel, ranks, tmp_path):
     stages = [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 5, "lr": 1.0, "warmup_steps": 0}}]
     recipe = tiny.recipe_dict(tmp_path, parallel=parallel, stages=stages, guard={"stop_above": 11})

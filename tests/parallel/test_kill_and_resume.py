@@ -13,6 +13,7 @@ import pytest
 
 from grpo_mega.checkpoints import complete_checkpoints, faults
 from tests import tiny
+from tests.matrices import covering_rows
 from tests.processes import die, run_ranks
 from tests.wandb_files import logs, rows
 
@@ -40,6 +41,17 @@ POINTS = {
     "dropping old ones": ("grpo_mega.engine.saver:prune", 2),
     "first save": ("grpo_mega.engine.saver:publish", 1),
     "reference": ("grpo_mega.engine.saver:save_weights", 1),
+}
+
+
+# At the start, in the middle of a step, and in each part of a checkpoint that can be left half done.
+DEFAULT = {
+    ("rollout", "tp2"),
+    ("after backward", "dp2"),
+    ("writing metrics", "tp2"),
+    ("writing shards", "tp2"),
+    ("between save and latest", "dp2"),
+    ("first save", "dp2"),
 }
 
 
@@ -116,7 +128,7 @@ def _cases() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("point", "layout"), _cases())
+@pytest.mark.parametrize(("point", "layout"), covering_rows(_cases(), DEFAULT))
 def test_killed_and_resumed_it_is_the_same_run(point, layout, undisturbed, tmp_path):
     whole = undisturbed(layout)
     recipe = recipe_of(tmp_path / "run", layout)

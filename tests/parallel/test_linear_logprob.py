@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from grpo_mega.kernels.implementation import Implementation
 from grpo_mega.kernels.logprob import linear_logprob
+from tests.matrices import by_hand
 from tests.unit.test_logprob import Problem, Results, assert_close
 
 
@@ -55,7 +56,7 @@ CASES = {
 CASES["all negative"].hidden_TH.abs_()
 
 
-@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("size", [2, by_hand(4)])
 @pytest.mark.parametrize("sequence_parallel", [False, True], ids=["tp", "tp and sequence parallel"])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_one_rank(case: str, sequence_parallel: bool, size: int, ranks) -> None:
@@ -64,7 +65,7 @@ def test_equals_one_rank(case: str, sequence_parallel: bool, size: int, ranks) -
     _compare(ranks(size).run(_compute, problem, sequence_parallel, "eager", True), whole, sequence_parallel)
 
 
-@pytest.mark.parametrize("implementation", ["compiled", "triton"])
+@pytest.mark.parametrize("implementation", [by_hand("compiled"), "triton"])
 def test_other_implementations_merge_alike(implementation: Implementation, ranks) -> None:
     problem = CASES["no multiple of tile or ranks"]
     parts = ranks(2).run(_compute, problem, True, implementation, True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tests import tiny
+from tests.matrices import by_hand
 
 
 def _policy_steps(ranks, run_dir, size=1, **blocks):
@@ -21,7 +22,7 @@ def plain(ranks, tmp_path_factory):
     "blocks",
     [
         {"model": {"recompute": "full"}},
-        {"model": {"recompute": "selective"}},
+        by_hand({"model": {"recompute": "selective"}}),
         {"loss": {"kl": {"coef": 0.01, "reference_on": "host"}}},
     ],
     ids=["recompute-full", "recompute-selective", "reference-on-host"],
@@ -38,7 +39,9 @@ def test_bfloat16_follows_float32(plain, ranks, tmp_path):
     assert half[-1]["actor/update_skipped"] == 0
 
 
-@pytest.mark.parametrize("parallel", [{"tp": 2, "sequence_parallel": True}, {"pp": 2}], ids=["tp2-sp", "pp2"])
+@pytest.mark.parametrize(
+    "parallel", [{"tp": 2, "sequence_parallel": True}, by_hand({"pp": 2})], ids=["tp2-sp", "pp2"]
+)
 def test_bfloat16_trains_on_other_layouts(parallel, ranks, tmp_path):
     one = _policy_steps(ranks, tmp_path / "one", model={"dtype": "bfloat16"})
     two = _policy_steps(ranks, tmp_path / "two", 2, model={"dtype": "bfloat16"}, parallel=parallel)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.matrices import by_hand
 from tests.parallel.test_adversarial import recipe_of as adversarial_recipe
 
 
@@ -54,7 +55,7 @@ def test_every_policy_step_is_kept(live: Path):
     assert kept == [f"stage_1_step_{step:06d}" for step in range(5)]
 
 
-@pytest.mark.parametrize("size", [1, 2], ids=["one rank", "dp2"])
+@pytest.mark.parametrize("size", [by_hand(1), 2], ids=["one rank", "dp2"])
 def test_replayed_it_has_the_same_metrics_bit_for_bit(size, live: Path, ranks, tmp_path: Path):
     recorded = live
     if size == 1:
@@ -68,7 +69,9 @@ def test_replayed_it_has_the_same_metrics_bit_for_bit(size, live: Path, ranks, t
     assert (tmp_path / "again" / "hf" / "model.safetensors").read_bytes() == whole
 
 
-@pytest.mark.parametrize("parallel", [{}, {"tp": 2}, {"pp": 2, "dp": 2}], ids=["one", "tp2", "dp2-pp2"])
+@pytest.mark.parametrize(
+    "parallel", [by_hand({}), {"tp": 2}, by_hand({"pp": 2, "dp": 2})], ids=["one", "tp2", "dp2-pp2"]
+)
 def test_replayed_on_another_layout_it_differs_by_rounding(parallel, live: Path, ranks, tmp_path: Path):
     size = 1
     for ways in parallel.values():

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny
+from tests.matrices import by_hand
 
 BLOCKS = {"rollout": {"generate": "tests.calculator:interrupt"}}
 
@@ -20,7 +21,9 @@ def single(ranks, tmp_path_factory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("parallel", [{"dp": 2}, {"tp": 2}, {"cp": 2}], ids=["dp2", "tp2", "cp2"])
+@pytest.mark.parametrize(
+    "parallel", [{"dp": 2}, by_hand({"tp": 2}), by_hand({"cp": 2})], ids=["dp2", "tp2", "cp2"]
+)
 def test_same_numbers_on_every_layout(parallel, single: Path, ranks, tmp_path: Path):
     ranks(2).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, parallel=parallel, **BLOCKS))
     for line, reference in zip(tiny.metrics_of(tmp_path), tiny.metrics_of(single / "run"), strict=True):

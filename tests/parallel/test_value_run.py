@@ -10,6 +10,7 @@ import pytest
 
 from tests import tiny
 from tests.critic import LAYOUTS, build
+from tests.matrices import by_hand
 from tests.parallel.test_kill_and_resume import arm
 from tests.processes import run_ranks
 from tests.ranks import RankPool
@@ -53,7 +54,7 @@ def test_values_are_learnt_and_advantages_are_those_of_tokens(alone):
 
 @pytest.mark.parametrize(
     "parallel",
-    [{"dp": 2}, {"tp": 2}, {"pp": 2}, {"cp": 2}, {"tp": 2, "pp": 2}],
+    [by_hand({"dp": 2}), {"tp": 2}, {"pp": 2}, by_hand({"cp": 2}), by_hand({"tp": 2, "pp": 2})],
     ids=["dp2", "tp2", "pp2", "cp2", "tp2-pp2"],
 )
 def test_the_layout_changes_nothing(parallel, alone, ranks, tmp_path):
@@ -147,6 +148,7 @@ def test_exactly_so_many_first_steps_move_the_critic_only_and_updates_share_its_
     assert all("value/loss" in line for line in steps.values())
 
 
+@pytest.mark.exhaustive
 def test_groups_of_one_learn_what_earns_a_reward(ranks, tmp_path):
     """From nothing: any of five digits is worth 1. The values come to explain the returns."""
     recipe = recipe_of(
@@ -166,7 +168,7 @@ def test_groups_of_one_learn_what_earns_a_reward(ranks, tmp_path):
     assert "group/zero_std_fraction" not in steps[0]  # of one sample there is nothing to compare
 
 
-@pytest.mark.parametrize("size", [1, 2])
+@pytest.mark.parametrize("size", [by_hand(1), 2])
 def test_a_checkpoint_without_a_critic_is_no_checkpoint_of_a_run_with_one(size, ranks, tmp_path):
     """Every rank says so, and none waits for another in a collective."""
     options = {"parallel": {"dp": size}, "stages": [{"grpo": {"steps": 1}}], "eval": {"every": 0}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from safetensors.torch import load_file
 from grpo_mega.recipe.blocks import ModelBlock, ParallelBlock, TrainBlock
 from grpo_mega.types import PackedBatch, TrainSequence
 from tests import tiny
+from tests.matrices import covering, covering_rows
 
 LAYOUTS = {
     "one": {},
@@ -137,15 +139,49 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: tiny.save_model(family, root / family) for family in (*tiny.FAMILIES, "qwen3_moe")}
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "layout"),
+    covering_rows(
+        product(tiny.FAMILIES, LAYOUTS),
+        # each layout once, each family on several; tied embeddings where they cross a split or a pipeline
+        default={
+            ("qwen2", "one"),
+            ("qwen2", "tp2-sp"),
+            ("qwen2", "dp2-tp2"),
+            ("qwen2", "cp2"),
+            ("qwen2-tied", "tp2"),
+            ("qwen2-tied", "pp2"),
+            ("qwen2-tied", "tp2-pp2-sp-vpp2"),
+            ("qwen2-tied", "cp2-pp2-vpp2"),
+            ("qwen3", "one"),
+            ("qwen3", "pp4"),
+            ("qwen3", "cp2-tp2-sp"),
+            ("qwen3", "dp2"),
+            ("llama", "one"),
+            ("llama", "tp2-pp2"),
+            ("llama", "pp2-vpp2"),
+            ("llama", "cp2-dp2"),
+            ("llama", "cp4"),
+        },
+    ),
+)
 def test_policy_equals_transformers(family, layout, models, ranks):
     _check_parity(family, LAYOUTS[layout], models, ranks)
 
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"dp": 2}, {"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}, {"cp": 2, "ep": 2}],
+    covering(
+        [
+            {},
+            {"dp": 2},
+            {"dp": 2, "ep": 2},
+            {"pp": 2},
+            {"tp": 2, "sequence_parallel": True},
+            {"cp": 2, "ep": 2},
+        ],
+        default=[{"dp": 2, "ep": 2}, {"pp": 2}, {"tp": 2, "sequence_parallel": True}],
+    ),
     ids=str,
 )
 def test_mixture_of_experts_equals_transformers(options, models, ranks):

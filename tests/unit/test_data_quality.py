@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import subprocess
-import sys
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from grpo_mega.data_quality import Answers, Limits, auc, examine, is_truncated
+from tests.commands import run_command
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "analyze_data_quality.py"
@@ -100,8 +100,7 @@ def test_a_sound_set_and_sets_that_train_nothing() -> None:
 
 
 def analyze(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    return run_command(*arguments, script=TOOL)
 
 
 def lines(count: int) -> list[dict[str, object]]:

@@ -153,11 +153,13 @@ def test_crashes_are_no_results():
     assert verdict_of(ran("PASS a", truncated=True), ADDER, None).crashed
 
 
+@pytest.mark.verilog
 def test_a_right_design(scorer):
     result = score(scorer, ADDER, test_count=4)
     assert (result.value, result.pass_rate) == (20, 1)
 
 
+@pytest.mark.verilog
 def test_a_wrong_design(scorer):
     """a | b is right for 0+0, 1+2 and 7+8: 15 * 3/4 * 1.69 = 19.0125."""
     result = score(scorer, ADDER.replace("a + b", "a | b"))
@@ -165,6 +167,7 @@ def test_a_wrong_design(scorer):
     assert result.parts["functional"] == pytest.approx(19.0125)
 
 
+@pytest.mark.verilog
 @pytest.mark.parametrize(
     "design", ["module adder(", "module other; endmodule", ADDER.replace("assign", "asign"), ADDER + ADDER]
 )
@@ -173,6 +176,7 @@ def test_designs_that_do_not_compile(scorer, design):
     assert (result.parts["compile"], result.parts["functional"], result.pass_rate) == (-8, 0, 0)
 
 
+@pytest.mark.verilog
 @pytest.mark.parametrize("text", ["", "I cannot.", "```verilog\n\n```", "```verilog\n// module\n```"])
 def test_responses_without_a_design(scorer, text):
     prompt = Prompt("train-7", 7, "?", (5,), "", meta={"testbench": TESTBENCH})
@@ -180,6 +184,7 @@ def test_responses_without_a_design(scorer, text):
     assert (result.value, result.pass_rate, result.parts["no_code"]) == (-6, 0, -6)
 
 
+@pytest.mark.verilog
 def test_a_simulation_without_end_crashes():
     scorer = VerilogScorer(VerilogReward(limits=SandboxLimits(wall_seconds=1.0)), "verilog")
     result = score(
@@ -188,6 +193,7 @@ def test_a_simulation_without_end_crashes():
     assert result.parts["functional"] == -4
 
 
+@pytest.mark.verilog
 @pytest.mark.parametrize(
     "fake",
     [
@@ -204,12 +210,14 @@ def test_a_design_cannot_print_itself_a_pass(scorer, fake, testbench):
     assert score(scorer, design, testbench, test_count=4).pass_rate <= 1 / 4  # 0+0 is right
 
 
+@pytest.mark.verilog
 def test_a_design_cannot_read_the_token_from_a_file_it_can_name(scorer):
     for name in ("token.sv", "testbench.sv", "/proc/self/cmdline", "run.sh"):
         result = score(scorer, f'`include "{name}"\n' + ADDER.replace("a + b", "0"))
         assert result.pass_rate in (0, 1 / 4)
 
 
+@pytest.mark.verilog
 def test_a_design_may_print_when_the_testbench_has_a_token(scorer):
     debugging = ADDER.replace("endmodule", '  initial $display("here");\nendmodule')
     assert score(scorer, debugging).pass_rate == 1
@@ -217,10 +225,12 @@ def test_a_design_may_print_when_the_testbench_has_a_token(scorer):
     assert score(scorer, ADDER.replace("a + b", "$signed({1'b0, a}) + b"), PLAIN_TESTBENCH).pass_rate == 1
 
 
+@pytest.mark.verilog
 def test_directives_of_a_design_end_with_it(scorer):
     assert score(scorer, "`default_nettype none\n`timescale 1ns/1ps\n" + ADDER).pass_rate == 1
 
 
+@pytest.mark.verilog
 def test_the_top_module_can_be_named(scorer):
     second_root = ADDER + "module extra; initial $finish; endmodule"
     assert score(scorer, second_root, top="tb").pass_rate == 1
@@ -228,6 +238,7 @@ def test_the_top_module_can_be_named(scorer):
         score(scorer, ADDER, top="tb; rm -rf /")
 
 
+@pytest.mark.verilog
 def test_a_problem_without_a_testbench_is_the_users_mistake(scorer):
     with pytest.raises(UserError, match="no testbench"):
         score(scorer, ADDER, testbench=" ")
@@ -240,6 +251,7 @@ def test_icarus_that_is_not_installed_is_said_at_once(monkeypatch):
     assert raised.value.remedy == "apt install iverilog"
 
 
+@pytest.mark.verilog
 def test_a_batch_through_the_assembly():
     prompt = Prompt("train-7", 7, "?", (5,), "", meta={"testbench": TESTBENCH})
     texts = [f"```verilog\n{ADDER}```", "none", f"```\n{ADDER.replace('a + b', 'a')}```"]

@@ -1,7 +1,7 @@
 """The policy loss in C++ against what torch composes: loss, per-token loss, gradients and every metric.
 
-Each loss is built on its own, two seconds of a compiler: half of the pairs of choices are asked that the
-tests of the Triton kernels ask.
+Each loss is built on its own, two seconds of a compiler: by default every choice of every axis is asked
+once, and some combinations whose programs differ most; pairs of choices and the other combinations by hand.
 
 # T packed tokens, B sequences
 """
@@ -17,17 +17,31 @@ from hypothesis import given, settings
 from grpo_mega.algo import PolicyLoss
 from grpo_mega.algo.aggregate import Denominators
 from grpo_mega.kernels import native
-from tests.strategies import Batch, Config, config_of, every_pair, packed_batches, random_batch
+from tests.matrices import covering
+from tests.strategies import (
+    Batch,
+    Config,
+    config_of,
+    every_pair,
+    packed_batches,
+    random_batch,
+    with_every_choice,
+)
 from tests.weighting import COMBINATIONS, assert_agrees, assert_same_loss, composed, fused
 
 TOLERANCE = 1e-5
 PAIRS = every_pair()
-LEFT_OUT = {
-    "no decay at all",
-    "no smoothing at all",
-    "a cap below 1",
-    "a floor",
-}  # numbers, not another program
+CHOICES = with_every_choice(PAIRS[::2])
+COMBINED = {
+    "all",
+    "aggressive",
+    "all of old",
+    "amic and ptrw of old, weights inside",
+    "gspo by token and ptrw of old",
+    "gmpo, weights inside",
+    "lspd to the sum, sharp",
+}
+"""Those asked by default."""
 EVERYTHING = COMBINATIONS["all"] | {"kl": {"coef": 0.1}, "entropy_coef": 0.01}
 
 by_cpu = partial(fused, by_cpu=True)
@@ -39,12 +53,16 @@ def _batch(advantages: str = "tokens", dtype: torch.dtype = torch.float32) -> Ba
     return random_batch((0, 1, 3, 40, 130), seed=28, advantages=advantages).to(dtype)
 
 
-@pytest.mark.parametrize("names", PAIRS[::2], ids=lambda names: "-".join(filter(None, names)))
+@pytest.mark.parametrize(
+    "names",
+    covering(PAIRS[::2], CHOICES),
+    ids=lambda names: "-".join(filter(None, names)),
+)
 def test_choices_agree(names: tuple[str, ...]) -> None:
     assert_agrees(_batch("tokens"), config_of(names), TOLERANCE, asked=by_cpu)
 
 
-@pytest.mark.parametrize("name", COMBINATIONS)
+@pytest.mark.parametrize("name", covering(COMBINATIONS, COMBINED))
 def test_combinations_agree(name: str) -> None:
     assert_agrees(_batch("sequences"), COMBINATIONS[name], TOLERANCE, asked=by_cpu)
 
@@ -53,7 +71,7 @@ def test_half_precision_is_read_as_it_is() -> None:
     assert_agrees(_batch("sequences", torch.bfloat16), EVERYTHING, TOLERANCE, asked=by_cpu)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(packed_batches())
 def test_any_batch_agrees(batch: Batch) -> None:
     batch = batch.to(torch.float32)

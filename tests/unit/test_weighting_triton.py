@@ -31,7 +31,17 @@ from grpo_mega.kernels import weighting, weighting_options
 from grpo_mega.kernels.implementation import interpreting
 from grpo_mega.kernels.weighting import WeightingInputs, WeightingOptions, supports, weighted_loss
 from grpo_mega.recipe.blocks import LossBlock
-from tests.strategies import Batch, Config, config_of, every_pair, loss_configs, packed_batches, random_batch
+from tests.matrices import by_hand, covering
+from tests.strategies import (
+    Batch,
+    Config,
+    config_of,
+    every_pair,
+    loss_configs,
+    packed_batches,
+    random_batch,
+    with_every_choice,
+)
 from tests.weighting import COMBINATIONS, assert_agrees, assert_same_loss, composed, fused, on
 
 pytest.importorskip("triton")
@@ -40,6 +50,11 @@ DEVICE = "cpu" if interpreting() else "cuda"
 TOLERANCE = 1e-5
 LENGTHS = (0, 1, 3, 40, 130)
 PAIRS = every_pair()
+CHOICES = with_every_choice(PAIRS[::3])
+
+
+def _label(names: tuple[str, ...]) -> str:
+    return "-".join(filter(None, names))
 
 
 @pytest.fixture(autouse=True)
@@ -54,24 +69,23 @@ def _batch(advantages: str = "tokens", dtype: torch.dtype = torch.float32) -> Ba
     return on(random_batch(LENGTHS, seed=28, advantages=advantages).to(dtype), DEVICE)
 
 
-@pytest.mark.parametrize("names", PAIRS, ids=lambda names: "-".join(filter(None, names)))
+@pytest.mark.parametrize("names", covering(PAIRS, CHOICES), ids=_label)
 def test_every_two_choices_agree(names: tuple[str, ...]) -> None:
     config = config_of(names)
     assert_agrees(_batch("tokens"), config, TOLERANCE)
 
 
-@pytest.mark.parametrize("names", PAIRS[::3], ids=lambda names: "-".join(filter(None, names)))
+@pytest.mark.parametrize("names", covering(PAIRS[::3], CHOICES[:3]), ids=_label)
 def test_half_precision_is_read_as_it_is(names: tuple[str, ...]) -> None:
     assert_agrees(_batch("sequences", torch.bfloat16), config_of(names), TOLERANCE)
 
 
 @pytest.mark.parametrize("name", COMBINATIONS)
 def test_combinations_agree(name: str) -> None:
-    for advantages in ("sequences", "tokens"):
-        assert_agrees(_batch(advantages), COMBINATIONS[name], TOLERANCE)
+    assert_agrees(_batch("sequences"), COMBINATIONS[name], TOLERANCE)
 
 
-@settings(max_examples=25)
+@settings(max_examples=10)
 @given(packed_batches(), loss_configs())
 def test_any_batch_agrees(batch: Batch, config: Config) -> None:
     """Sums of pulls of either sign, such as those of a differentiated trust, leave fewer digits."""
@@ -135,8 +149,8 @@ def test_long_sequences_agree_at_the_blocks_of_a_gpu(level: str, monkeypatch: py
     assert_agrees(batch, {"innovations": {level: {}, "temporal_decay": {}}}, TOLERANCE)
 
 
-@pytest.mark.parametrize("lengths", [(), (0,), (0, 0), (0, 2), (2, 0)])
-@pytest.mark.parametrize("name", ["all", "aggressive", "gmpo, weights inside"])
+@pytest.mark.parametrize("lengths", [(), (0, 0), (0, 2), (2, 0)])
+@pytest.mark.parametrize("name", ["all", "gmpo, weights inside"])
 def test_sequences_without_tokens(lengths: tuple[int, ...], name: str) -> None:
     for prompts in (False, True):
         batch = random_batch(lengths, seed=1, prompts=prompts, outside=1).to(torch.float32)
@@ -160,7 +174,7 @@ def test_padding_that_is_a_sequence_of_its_own_has_no_advantage() -> None:
     assert_agrees(padded, COMBINATIONS["gmpo, weights inside"], TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["all", "aggressive", "gmpo, weights inside", "a floor"])
+@pytest.mark.parametrize("name", ["all", by_hand("aggressive"), "gmpo, weights inside", by_hand("a floor")])
 def test_what_is_masked_is_never_read(name: str) -> None:
     config = {**COMBINATIONS[name], "kl": {"coef": 0.1}, "entropy_coef": 0.1}
     batch = _batch()
@@ -177,7 +191,7 @@ def test_what_is_masked_is_never_read(name: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # of the interpreter's numpy
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("value", [math.nan, by_hand(math.inf), -math.inf])
 @pytest.mark.parametrize(
     "field", ["trainer_T", "sampler_T", "reference_T", "entropy_T", "sq_prob_T", "advantages"]
 )
