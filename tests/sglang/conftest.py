@@ -72,7 +72,11 @@ class Owner:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> str:
-    """Of the environment variable's environment, else of one made here and kept for the next time."""
+    return installed_sglang()
+
+
+def installed_sglang() -> str:
+    """The Python of the environment variable's environment, else of one made here and kept for the next time."""
     if PYTHON_VARIABLE not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo-mega" / "sglang-cpu"
         home.parent.mkdir(parents=True, exist_ok=True)

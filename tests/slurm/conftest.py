@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import tiny
-from tests.sglang.conftest import sglang_python  # noqa: F401  # a fixture
-from tests.slurm.cluster import Cluster, Job, words
+from tests.slurm.beside import STEPS, World
+from tests.slurm.cluster import Cluster
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +31,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two ranks, eight steps of a fraction of a second."""
+    """Two ranks, a few steps of half a second, most of which they sleep."""
     folder = tmp_path_factory.mktemp("recipe")
     content = tiny.recipe_dict(
         folder / "run",
         parallel={"dp": 2},
-        stages=[{"grpo": {"steps": 8}}],
+        stages=[{"grpo": {"steps": STEPS}}],
+        rollout={"generate": "tests.slurm.unhurried:generate"},
         eval={"every": 0, "samples": 8, "at_start": False},
     )
     content["model"]["scratch"]["layers"] = 2
@@ -45,9 +47,18 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """Eight steps in one go. Submitted with the first test that wants it, and running beside that one."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    changes = {"run.dir": run_dir, "train.updates_per_batch": 1}
-    job = cluster.submit("innovation_2_1_ema.sbatch", RECIPE=recipe, OVERRIDES=words(changes))
-    return job, run_dir
+def world(
+    request: pytest.FixtureRequest,
+    cluster: Cluster,
+    recipe: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[World]:
+    tests = [getattr(item, "function", None) for item in request.session.items]
+    bodies = [body for test in tests if (body := getattr(test, "body", None)) is not None]
+    world = World(cluster, recipe, tmp_path_factory.mktemp("beside"))
+    with ThreadPoolExecutor(max(1, len(bodies))) as executor:
+        world.start(bodies, executor)
+        try:
+            yield world
+        finally:
+            cluster.is_ending.set()
