@@ -34,6 +34,7 @@ SHARED = "--nodelist=node1,node2"
 APART = ("--partition=apart", "--nodelist=node3,node4", "--exclusive")
 """For a job that is pushed out and loses a node, which then happens to no other one."""
 SERVING = ("node5", "node6")
+ELSEWHERE = f"--nodelist={','.join(SERVING)}"
 
 
 class Cluster:

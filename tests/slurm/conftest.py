@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tests import tiny
-from tests.slurm.beside import STEPS, World
+from tests.beside import Body, Outcome, running
 from tests.slurm.cluster import Cluster
+from tests.slurm.world import STEPS, World
 
 
 @pytest.fixture(scope="session")
@@ -47,18 +47,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def world(
+def beside(
     request: pytest.FixtureRequest,
     cluster: Cluster,
     recipe: str,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[World]:
-    tests = [getattr(item, "function", None) for item in request.session.items]
-    bodies = [body for test in tests if (body := getattr(test, "body", None)) is not None]
-    world = World(cluster, recipe, tmp_path_factory.mktemp("beside"))
-    with ThreadPoolExecutor(max(1, len(bodies))) as executor:
-        world.start(bodies, executor)
-        try:
-            yield world
-        finally:
-            cluster.is_ending.set()
+) -> Iterator[Outcome]:
+    folder = tmp_path_factory.mktemp("beside")
+    world = World(cluster, recipe, folder / "undisturbed" / "run")
+
+    def call(body: Body) -> None:
+        own = folder / body.__name__
+        own.mkdir()
+        body(world, own)
+
+    with running(request.session.items, call, at_once=None) as outcome:
+        yield outcome
+        cluster.is_ending.set()

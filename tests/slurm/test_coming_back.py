@@ -11,8 +11,9 @@ import pytest
 from grpo_mega.checkpoints import complete_checkpoints
 from grpo_mega.recipe import load_recipe
 from tests import tiny
-from tests.slurm.beside import ENDLESS, INNOVATION, STEPS, World, beside_others
-from tests.slurm.cluster import APART, Job, words
+from tests.beside import beside_others
+from tests.slurm.cluster import APART, ELSEWHERE, Job, words
+from tests.slurm.world import ENDLESS, INNOVATION, STEPS, World
 
 pytestmark = pytest.mark.slurm
 SWEEP = "sweep_ema_beta.sbatch"
@@ -49,7 +50,7 @@ def test_at_its_limit_or_pushed_out_it_saves_and_with_a_lost_node_it_comes_back_
     job.after_step(2, run_dir)
     # Less than the 180 seconds of --signal are left: Slurm asks at its next look, within half a minute.
     call("scontrol", "update", f"JobId={job.number}", "TimeLimit=3")
-    second = world.submit(INNOVATION, run_dir)
+    second = world.submit(INNOVATION, run_dir, ELSEWHERE)
     assert second.finish() == "FAILED"
     assert f"job {job.number} writes to {run_dir}" in second.output and "remedy:" in second.output
     job.until(lambda: job.restarts == 1)
@@ -84,7 +85,7 @@ def test_at_its_limit_or_pushed_out_it_saves_and_with_a_lost_node_it_comes_back_
 def test_a_hung_task_of_a_sweep_comes_back_alone_and_only_so_often_and_a_cancelled_one_never(
     world: World, folder: Path
 ):
-    """MAX_RESTARTS is 1: asked to leave a second time, it stays away. Each task has the beta of its number."""
+    """MAX_RESTARTS is 1: asked to leave again, it stays away. Each task has the beta of its number."""
     changes = {**ENDLESS, "checkpoint.every": 2, "guard.hang_minutes": 0.7}
     options = ("--array=1,3", f"--chdir={folder}")
     array = world.cluster.submit(
@@ -121,7 +122,7 @@ def test_a_hung_task_of_a_sweep_comes_back_alone_and_only_so_often_and_a_cancell
 
 @beside_others
 def test_a_recipe_that_does_not_fit_the_tasks_is_refused_before_any_rank(world: World, folder: Path):
-    job = world.submit(INNOVATION, folder / "run", parallel__dp=3)
+    job = world.submit(INNOVATION, folder / "run", ELSEWHERE, parallel__dp=3)
     assert job.finish() == "FAILED"
     assert "2 processes were started for a layout of 3" in job.output and "meet at" not in job.output
     assert not (folder / "run").exists()

@@ -11,8 +11,9 @@ import pytest
 
 from grpo_mega.recipe import load_recipe
 from grpo_mega.recipe.schema import Recipe
-from tests.slurm.beside import INNOVATION, STEPS, World, beside_others
-from tests.slurm.cluster import ROOT, Cluster, Job, words
+from tests.beside import beside_others
+from tests.slurm.cluster import ROOT, SERVING, Cluster, Job, words
+from tests.slurm.world import INNOVATION, STEPS, World
 
 pytestmark = pytest.mark.slurm
 
@@ -52,7 +53,7 @@ def test_a_job_of_one_node_trains_as_its_file_says(world: World, folder: Path):
     name = "debug_single_node.sbatch"
     changes = words({"run.dir": folder / "run", "train.steps": 2})
     job = world.cluster.submit_as_it_is(
-        name, "--nodelist=node1", f"--chdir={folder}", RECIPE=world.recipe, OVERRIDES=changes
+        name, f"--nodelist={SERVING[0]}", f"--chdir={folder}", RECIPE=world.recipe, OVERRIDES=changes
     )
     _assert_trained(name, job, folder / "run", 2)
 

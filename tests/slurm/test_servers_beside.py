@@ -10,8 +10,9 @@ import psutil
 import pytest
 
 from tests import tiny
-from tests.slurm.beside import World, beside_others
+from tests.beside import beside_others
 from tests.slurm.cluster import LOOK_EVERY_SECONDS, SERVING, Job, words
+from tests.slurm.world import World
 
 pytestmark = pytest.mark.slurm
 STEPS = 4

@@ -10,6 +10,6 @@ SECONDS_A_PROMPT = 0.1
 
 
 async def generate(sample: Draft, client: TurnClient) -> None:
-    if sample.index == 0:
+    if sample.rollout_index == 0:
         time.sleep(SECONDS_A_PROMPT)  # of all samples: those of a batch are then asked for together, as ever
     await client.complete(sample)
