@@ -22,8 +22,8 @@ pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
 ROOT = Path(__file__).parents[2]
 LONGEST_SECONDS = 600
-STEPS = 10
-WARM_UP = "{sft: {steps: 60, batch_size: 64, lr: 4.0e-3, warmup_steps: 10}}"
+STEPS = 12
+WARM_UP = "{sft: {steps: 80, batch_size: 64, lr: 4.0e-3, warmup_steps: 10}}"
 
 
 @pytest.mark.exhaustive
@@ -53,7 +53,7 @@ def test_the_quickstart_with_a_server_gets_better_and_ends_when_it_is_told_to(
         f"rollout.sglang.python={sglang_python}",
         f"run.dir={run_dir}",
         f"stages=[{WARM_UP}, {{grpo: {{steps: 500}}}}]",
-        "train.lr=6.0e-4",
+        "train.lr=1.0e-3",
         "eval.samples=64",
         "eval.every=0",
     )
