@@ -17,7 +17,7 @@ import psutil
 
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools" / "local_slurm.sh"
-CALL_SECONDS = 60
+CALL_SECONDS = 180
 START_SECONDS = 120
 JOB_SECONDS = 900
 """Many jobs beside one another on a busy machine; alone on a quiet one each takes about ten."""

@@ -37,7 +37,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
         folder / "run",
         parallel={"dp": 2},
         stages=[{"grpo": {"steps": STEPS}}],
-        rollout={"generate": "tests.slurm.unhurried:generate"},
+        rollout={"generate": "tests.slurm.unhurried:generate", "prompts_per_step": 4, "prompts_per_batch": 1},
         eval={"every": 0, "samples": 8, "at_start": False},
     )
     content["model"]["scratch"]["layers"] = 2

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import re
-import sys
 from pathlib import Path
 
 import pytest
 
 from grpo_mega.recipe import load_recipe
-from grpo_mega.recipe.schema import Recipe
 from tests.beside import beside_others
 from tests.slurm.cluster import ROOT, SERVING, Cluster, Job, words
-from tests.slurm.world import INNOVATION, STEPS, World
+from tests.slurm.world import INNOVATION, STEPS, World, assert_picked, assert_trained
 
 pytestmark = pytest.mark.slurm
 
@@ -31,11 +27,13 @@ def test_a_cluster_accepts_it_as_it_is(name: str, cluster: Cluster):
 @pytest.mark.parametrize("name", TRAINING)
 def test_the_innovations_that_it_names_are_picked(name: str, recipe: str):
     changes = [word for word in (ROOT / "slurm" / name).read_text().split() if word.startswith("loss.")]
-    _assert_picked(name, load_recipe(Path(recipe), changes).recipe)
+    assert_picked(name, load_recipe(Path(recipe), changes).recipe)
 
 
 @beside_others
-def test_a_job_of_two_nodes_trains_and_eval_measures_the_run_when_it_is_done(world: World, folder: Path):
+def test_the_command_submits_a_file_that_trains_on_two_nodes_and_eval_measures_the_run(
+    world: World, folder: Path
+):
     job = world.undisturbed
     measuring = world.cluster.submit(
         "eval.sbatch",
@@ -43,7 +41,8 @@ def test_a_job_of_two_nodes_trains_and_eval_measures_the_run_when_it_is_done(wor
         RUN=str(world.undisturbed_dir),
         OVERRIDES="eval.temperature=0",
     )
-    _assert_trained(INNOVATION, job, world.undisturbed_dir, STEPS)
+    assert "wrote any.sbatch: 2 node(s) with 1 rank(s) each" in world.said and "to start at" in world.said
+    assert_trained(INNOVATION, job, world.undisturbed_dir, STEPS)
     assert measuring.finish() == "COMPLETED", measuring.output
     assert "pass@1" in measuring.output
 
@@ -55,40 +54,7 @@ def test_a_job_of_one_node_trains_as_its_file_says(world: World, folder: Path):
     job = world.cluster.submit_as_it_is(
         name, f"--nodelist={SERVING[0]}", f"--chdir={folder}", RECIPE=world.recipe, OVERRIDES=changes
     )
-    _assert_trained(name, job, folder / "run", 2)
-
-
-@beside_others
-def test_the_command_writes_a_file_that_slurm_takes_and_submits_it(world: World, folder: Path):
-    options = ["--nodes=2", "--gpus-per-node=1", "--cpus-per-rank=42", "--partition=debug", "--time=10:00"]
-    changes = [f"run.dir={folder}/run", "train.steps=2", "run.name=any"]
-    command = [sys.executable, "-m", "grpo_mega", "slurm", world.recipe, *changes, *options, "--submit"]
-    said = world.cluster.call(*command, folder=folder).stdout
-    assert "wrote any.sbatch: 2 node(s) with 1 rank(s) each" in said and "to start at" in said
-    job = Job(world.cluster, re.findall(r"submitted: job (\d+)", said)[0])
-    assert job.finish() == "COMPLETED", (folder / f"any-{job.number}.out").read_text()
-    assert (folder / "run" / "hf" / "config.json").is_file()
-
-
-def _assert_trained(name: str, job: Job, run_dir: Path, count: int) -> None:
-    assert job.finish() == "COMPLETED", job.output
-    assert "2 ranks meet at node" in job.output
-    assert f":{20000 + int(job.number) % 10000};" in job.output
-    steps = [json.loads(line)["step"] for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert max(steps) == count
-    assert (run_dir / "hf" / "config.json").is_file()
-    assert {path.name for path in (run_dir / "logs").glob("rank_*")} == {"rank_0.txt", "rank_1.txt"}
-    assert not list(run_dir.glob("slurm_lock*"))
-    _assert_picked(name, load_recipe(run_dir / "recipe.yaml").recipe)
-
-
-def _assert_picked(name: str, recipe: Recipe) -> None:
-    """The recipe has the innovations that the file names, and no other ones."""
-    text = (ROOT / "slurm" / name).read_text()
-    named = {
-        word.split(".")[2].split("=")[0] for word in text.split() if word.startswith("loss.innovations.")
-    }
-    assert set(recipe.loss.innovations.model_dump()) == named
+    assert_trained(name, job, folder / "run", 2)
 
 
 class Queue:
@@ -117,7 +83,7 @@ def queue(cluster: Cluster, recipe: str, tmp_path_factory: pytest.TempPathFactor
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("name", TRAINING)
 def test_every_file_trains_on_two_nodes(name: str, queue: Queue):
-    _assert_trained(name, queue.jobs[name], queue.run_dir(name), 2)
+    assert_trained(name, queue.jobs[name], queue.run_dir(name), 2)
 
 
 @pytest.mark.exhaustive

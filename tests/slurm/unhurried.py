@@ -6,7 +6,7 @@ import time
 
 from grpo_mega.rollout.turns import Draft, TurnClient
 
-SECONDS_A_PROMPT = 0.1
+SECONDS_A_PROMPT = 0.2
 
 
 async def generate(sample: Draft, client: TurnClient) -> None:
