@@ -18,7 +18,6 @@ import psutil
 import pytest
 
 from grpo_mega.errors import UserError
-from grpo_mega.rollout import server as servers
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.rollout.server import ServerPool
 from grpo_mega.rollout.sglang import SglangEngine
@@ -52,9 +51,8 @@ def _once(action: Callable[[], None]) -> Callable[[int], None]:
 
 @pytest.mark.parametrize("end", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
 def test_a_server_that_stands_still_or_is_killed_is_replaced_and_costs_no_sample(
-    owner: Owner, model: Model, end: signal.Signals, monkeypatch: pytest.MonkeyPatch
+    owner: Owner, model: Model, end: signal.Signals
 ):
-    monkeypatch.setattr(servers, "HEALTH_SECONDS", 3.0)
     engine = owner.engine
     engine.load(model.first)
     assert engine._client is not None

@@ -16,7 +16,7 @@ from tests.slurm.cluster import ROOT, Cluster, Job, words
 
 INNOVATION = "innovation_2_1_ema.sbatch"
 STEPS = 10
-ENDLESS = {"stages.grpo.steps": 100_000}
+ENDLESS = {"stages.grpo.steps": 100_000, "rollout.generate": "tests.slurm.unhurried:at_leisure"}
 
 
 @dataclass(eq=False)
