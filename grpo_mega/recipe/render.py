@@ -109,5 +109,7 @@ _Dumper.add_representer(str, _represent_text)
 
 def _flow(value: Plain | Mapping[str, Plain]) -> str:
     """A value on one line."""
-    text = yaml.dump(value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**31)
+    text = yaml.dump(  # pyright: ignore[reportUnknownMemberType]
+        value, Dumper=_Dumper, default_flow_style=True, allow_unicode=True, width=2**31
+    )
     return text.removesuffix("\n").removesuffix("\n...")
