@@ -27,24 +27,27 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from types import FrameType
+from typing import Any, Literal, NoReturn
 
+import psutil
 from fault_table import Fault, TableError, check, is_test, place_of, read_table, sources, tests_of
 
 HERE = Path(__file__).resolve().parents[1]
 LIMIT_SECONDS = 900.0
-USAGE = 2
-NOTES = "planted_faults_notes"
+USAGE, NO_TESTS = 2, 5
+"""Exit codes, of this tool and of pytest."""
+NOTES, MARK = "planted_faults_notes", "PLANTED_FAULTS_NOTE"
 FAILS_ANYWAY = 8
 """Tests that fail without a fault, too, and are left out: with more of them the checkout is to be mended
 first."""
 
 # Of pytest's own report the name of a test cannot be read with certainty: parameters may hold anything.
-_PLUGIN = """
+_PLUGIN = f"""
 import os
 def _note(report):
-    if report.failed and not os.path.exists(os.environ["PLANTED_FAULTS_NOTE"]):
-        with open(os.environ["PLANTED_FAULTS_NOTE"], "w") as file:
+    if report.failed and not os.path.exists(os.environ[{MARK!r}]):
+        with open(os.environ[{MARK!r}], "w") as file:
             file.write(report.nodeid)
 def pytest_runtest_logreport(report): _note(report)
 def pytest_collectreport(report): _note(report)
@@ -96,11 +99,11 @@ class Bench:
         self._warned: set[str] = set()
 
     def __enter__(self) -> Bench:
-        _adopt_orphans()
+        signal.signal(signal.SIGTERM, _asked_to_end)
         return self
 
     def __exit__(self, *failure: object) -> None:
-        _end_children()
+        self._end_all()
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def try_fault(self, fault: Fault) -> Result:
@@ -121,6 +124,9 @@ class Bench:
                 return self._result(fault, "no answer", began, left_out=left_out, said=said)
             if code == 0:
                 return self._result(fault, "missed", began, left_out=left_out)
+            if code == NO_TESTS:
+                said = "no test is left"
+                return self._result(fault, "broken", began, left_out=left_out, said=said)
             if self._is_clean(test, words):
                 return self._result(fault, "caught", began, test or "collection", left_out)
             if not test or len(left_out) >= FAILS_ANYWAY:
@@ -174,7 +180,7 @@ class Bench:
         command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-p", NOTES]
         command += [*spread, *out, *words]
         path = os.pathsep.join([str(self._copy), str(self._folder)])
-        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "PLANTED_FAULTS_NOTE": str(self._note)}
+        own = {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", MARK: str(self._note)}
         with (self._folder / "said").open("w+", errors="replace") as said:
             process = subprocess.Popen(
                 command,
@@ -189,12 +195,19 @@ class Bench:
             code: int | None = None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 code = process.wait(max(1.0, began + self._limit - time.monotonic()))
-            _end_children()
+            self._end_all()
             process.wait()
             said.seek(0)
             text = said.read()
         test = self._note.read_text() if self._note.exists() else ""
         return code, test, text
+
+    def _end_all(self) -> None:
+        """What tests of a faulty package leave behind is known by a mark in its environment."""
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error):
+                if process.environ().get(MARK) == str(self._note):
+                    process.kill()
 
     def _warn(self, text: str) -> None:
         if text not in self._warned:
@@ -202,29 +215,15 @@ class Bench:
             print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
-def _adopt_orphans() -> None:
-    """What tests leave behind becomes a child of this process, which ends it, whatever ends itself."""
-    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
-
-
 def _die_with_parent() -> None:
-    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-
-
-def _prctl(option: int, value: int) -> None:
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(option, value)
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _end_children() -> None:
-    import psutil
-
-    children = psutil.Process().children(recursive=True)
-    for child in children:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            child.kill()
-    psutil.wait_procs(children, timeout=10)
+def _asked_to_end(number: int, frame: FrameType | None) -> NoReturn:
+    """As an exception, so that what was started is ended and the copy removed."""
+    print(f"\nended by {signal.Signals(number).name}; the same command goes on", file=sys.stderr)
+    sys.exit(128 + number)
 
 
 @dataclass
