@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,11 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from grpo_mega.errors import UserError
-
 STOP_SECONDS = 15.0
 """A server that was asked to end takes 6-10 s on a busy machine."""
-LOOPBACK = "127.0.0.1"
 LOG_LINES_SHOWN = 15
 
 # What rules a rank of the trainer, and must not rule a server.
@@ -39,19 +35,6 @@ def outside_environment() -> dict[str, str]:
         if name not in _TRAINER_VARIABLES and not name.startswith(_TRAINER_PREFIXES)
     }
     return kept | {"PYTHONSAFEPATH": "1"}
-
-
-def free_port(host: str = LOOPBACK) -> int:
-    try:
-        with socket.create_server((host, 0)) as probe:
-            return probe.getsockname()[1]
-    except OSError as error:
-        raise UserError(
-            f"no server can listen at {host}: {error.strerror or error}",
-            where="--host",
-            law="a server listens at an address of the machine that it runs on",
-            remedy="give the name or address of a network interface of this machine, or 0.0.0.0 for all",
-        ) from None
 
 
 @dataclass(eq=False)

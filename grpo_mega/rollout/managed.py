@@ -8,8 +8,8 @@ from pathlib import Path
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from grpo_mega.ports import LOOPBACK
 from grpo_mega.recipe.rollout_block import SglangBlock
-from grpo_mega.rollout.guarded import LOOPBACK
 from grpo_mega.rollout.server import ServerPool, ServerSpec, deterministic_flags, server_python
 
 

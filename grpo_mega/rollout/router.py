@@ -16,8 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from grpo_mega.errors import UserError
+from grpo_mega.ports import LOOPBACK, free_port
 from grpo_mega.rollout.addresses import healthy_workers
-from grpo_mega.rollout.guarded import LOOPBACK, GuardedProcess, free_port, outside_environment
+from grpo_mega.rollout.guarded import GuardedProcess, outside_environment
 
 PACKAGE = "sglang-router==0.3.2"
 """The version that was run."""

@@ -11,8 +11,9 @@ from pathlib import Path
 import httpx
 
 from grpo_mega.errors import UserError
+from grpo_mega.ports import LOOPBACK, free_port
 from grpo_mega.recipe.rollout_block import SglangBlock
-from grpo_mega.rollout.guarded import LOOPBACK, STOP_SECONDS, GuardedProcess, free_port, outside_environment
+from grpo_mega.rollout.guarded import STOP_SECONDS, GuardedProcess, outside_environment
 
 PYTHON_VARIABLE = "GRPO_MEGA_SGLANG_PYTHON"
 """Environment: the Python of the virtual environment that holds sglang."""

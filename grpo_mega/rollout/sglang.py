@@ -24,10 +24,10 @@ from pathlib import Path
 import torch
 
 from grpo_mega.errors import UserError
+from grpo_mega.ports import free_port
 from grpo_mega.recipe.rollout_block import RolloutBlock
 from grpo_mega.rollout.client import Completion, Patience, SglangClient
 from grpo_mega.rollout.fleet import Addresses, Fleet
-from grpo_mega.rollout.guarded import free_port
 from grpo_mega.rollout.managed import ModelFacts, describe_model
 from grpo_mega.rollout.pending import LoopThread, Pending
 from grpo_mega.rollout.rank import ALONE, Rank

@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 
 from grpo_mega.errors import UserError
+from grpo_mega.ports import free_port
 from grpo_mega.recipe import load_recipe
 from grpo_mega.rollout.addresses import wait_for_addresses, write_addresses
-from grpo_mega.rollout.guarded import free_port
 from grpo_mega.rollout.server import ServerSpec
 from tests.fake_sglang import FakeServer
 from tests.unit.test_server_guard import _group
