@@ -95,11 +95,11 @@ def recipe_dict(run_dir: Path, **blocks: object) -> dict:
         },
         "data": {"source": "procedural", "task": "sort_digits", "eval": 64},
         "stages": [{"sft": {"steps": 2, "batch_size": 16}}, {"grpo": {"steps": 5}}],
-        "rollout": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 6, "prompts_per_batch": 2},
+        "rollout": {"prompts_per_step": 8, "group_size": 4, "max_new_tokens": 6, "prompts_per_batch": 4},
         "reward": [{"rule": {"kind": "regex", "pattern": "[0-4]"}}],
         "loss": {"kl": {"coef": 0.01}, "entropy_coef": 0.001},
-        "train": {"lr": 1e-3, "warmup_steps": 2, "micro_batch_tokens": 96},
-        "eval": {"every": 3, "samples": 16},
+        "train": {"lr": 1e-3, "warmup_steps": 2, "micro_batch_tokens": 160},
+        "eval": {"every": 3, "samples": 8},
         "checkpoint": {"every": 0},
     }
     for key, value in blocks.items():

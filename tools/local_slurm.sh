@@ -1,5 +1,6 @@
 #!/bin/bash
-# A throw-away Slurm of two nodes on this machine, for tests and for trying job files: the real slurmctld, slurmd, srun.
+# A throw-away Slurm on this machine, for tests and for trying job files: the real slurmctld, slurmd, srun. It has two
+# nodes, or as many as LOCAL_SLURM_NODES says.
 #
 #   tools/local_slurm.sh start DIR      then: source DIR/env.sh; sbatch ...
 #   tools/local_slurm.sh status DIR
@@ -7,16 +8,16 @@
 #
 # Needs Debian's slurmctld, slurmd, slurm-client and munge, which `start` installs when they are missing and it is root.
 # Where network namespaces are allowed (root) each node has its own, with a name and an address, so that a job that
-# says "localhost" and means its neighbour fails as it would on a cluster. Elsewhere both nodes are 127.0.0.1, which
+# says "localhost" and means its neighbour fails as it would on a cluster. Elsewhere all nodes are 127.0.0.1, which
 # hides that mistake, and /etc/hosts names them while they run. CPUs, memory and GPUs of the nodes are claims: enough of
 # each for any job file to be accepted.
 set -euo pipefail
 
-NODES=(node1 node2)
+mapfile -t NODES < <(seq -f node%.0f "${LOCAL_SLURM_NODES:-2}")
 CPUS=128 MEMORY_MB=1500000 GPUS=8
 READY_SECONDS=30 STOP_SECONDS=15
 
-usage() { sed -n '2,7s/^# \{0,1\}//p' "$0" >&2; exit 2; }
+usage() { sed -n '2,8s/^# \{0,1\}//p' "$0" >&2; exit 2; }
 [ $# = 2 ] || usage
 verb=$1
 mkdir -p "$2"
@@ -70,7 +71,7 @@ make_network() {
   if ! (ip link add "$BRIDGE" type bridge && ip addr add "$NETWORK.1/24" dev "$BRIDGE" &&
     ip link set "$BRIDGE" up && ip netns add "$BRIDGE-probe" && ip netns del "$BRIDGE-probe") 2> /dev/null; then
     ip link del "$BRIDGE" 2> /dev/null || true
-    echo "no network namespaces here: both nodes are 127.0.0.1" >&2
+    echo "no network namespaces here: all nodes are 127.0.0.1" >&2
     name_nodes
     return
   fi

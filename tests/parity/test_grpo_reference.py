@@ -14,6 +14,7 @@ from grpo_mega.types import TrainSequence
 from tests import tiny
 from tests.matrices import covering, covering_rows
 
+TEMPERATURE = 1.25
 LR, CLIP_NORM, KL, ENTROPY, CLIP_LOW, CLIP_HIGH = 0.1, 0.5, 0.1, 0.01, 0.2, 0.28
 # Adam's first step is lr g / (|g| + eps): with its usual eps it is the gradient's sign, whose rounding would
 # hide everything
@@ -33,7 +34,7 @@ def reference_update(directory: Path, sequences: list[TrainSequence], aggregate:
         ids = torch.from_numpy(s.token_ids)
 
         def response_logprobs(model, ids=ids, s=s):
-            logp = torch.log_softmax(model(ids[None]).logits[0, s.prompt_length - 1 : -1], -1)
+            logp = torch.log_softmax(model(ids[None]).logits[0, s.prompt_length - 1 : -1] / TEMPERATURE, -1)
             return logp.gather(-1, ids[s.prompt_length :, None])[:, 0], -(logp.exp() * logp).sum(-1)
 
         logp, entropy = response_logprobs(policy)
@@ -64,6 +65,7 @@ def _recipe(directory: Path, parallel: dict, aggregate: str, micro_batch_tokens:
             directory / "run",
             model={"scratch": None, "hf": str(directory), "vocab_multiple": 8},
             parallel=parallel,
+            rollout={"temperature": TEMPERATURE},
             loss={
                 "objective": {"clip": {"low": CLIP_LOW, "high": CLIP_HIGH}},
                 "kl": {"coef": KL},

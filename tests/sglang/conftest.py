@@ -21,6 +21,7 @@ from grpo_mega.rollout.server import PYTHON_VARIABLE, ServerPool
 from grpo_mega.rollout.sglang import SglangEngine
 from grpo_mega.sync.stream import HfDirectory
 from tests import tiny
+from tests.beside import Body, Outcome, running
 
 INSTALLER = Path(__file__).parents[2] / "tools" / "install_sglang_cpu.sh"
 INSTALL_SECONDS = 1200
@@ -72,13 +73,28 @@ class Owner:
 
 @pytest.fixture(scope="session")
 def sglang_python() -> str:
-    """Of the environment variable's environment, else of one made here and kept for the next time."""
+    return installed_sglang()
+
+
+def installed_sglang() -> str:
+    """Its Python: of the environment variable's environment, else of one made here and kept."""
     if PYTHON_VARIABLE not in os.environ:
         home = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "grpo-mega" / "sglang-cpu"
         home.parent.mkdir(parents=True, exist_ok=True)
         subprocess.run([INSTALLER, home], check=True, timeout=INSTALL_SECONDS)
         os.environ[PYTHON_VARIABLE] = str(home / "bin" / "python")
     return os.environ[PYTHON_VARIABLE]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
+    """One after another, beside the tests of the shared server."""
+
+    def call(body: Body) -> None:
+        body(installed_sglang(), tmp_path_factory.mktemp(body.__name__[:30]))
+
+    with running(request.session.items, call, at_once=1) as outcome:
+        yield outcome
 
 
 def make_model(family: str, directory: Path) -> Model:
@@ -97,7 +113,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
 
 @pytest.fixture(scope="session")
 def owner(sglang_python: str, model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Owner]:
-    sglang = SglangBlock(timeout_seconds=60, retries=3, max_restarts=4, concurrency=16)
+    sglang = SglangBlock(timeout_seconds=60, retries=3, max_restarts=8, concurrency=16)
     block = RolloutBlock(engine="sglang", sglang=sglang)
     engine = SglangEngine(block, model.facts, tmp_path_factory.mktemp("managed"))
     owner = Owner(engine)

@@ -49,31 +49,24 @@ def _once(action: Callable[[], None]) -> Callable[[int], None]:
     return advance
 
 
-def test_a_killed_server_costs_no_sample(owner: Owner, model: Model):
-    engine = owner.engine
-    engine.load(model.first)
-    pid, restarts, version = owner.pid, owner.pool.restarts, engine.version
-    (server,) = psutil.Process(pid).children()
-    kill = _once(server.kill)
-    groups = engine.generate(prompts(8), 16, LONG, seed=1, advance=kill)
-    assert _all_there(groups, 8, 16)
-    assert owner.pool.restarts == restarts + 1 and owner.pid != pid
-    assert engine.version != version
-    assert greedy_of(engine) == greedy_of_trainer(model, model.first)  # the new one has the weights
-
-
-def test_a_server_that_stands_still_is_replaced(owner: Owner, model: Model):
+@pytest.mark.parametrize("end", [signal.SIGSTOP, pytest.param(signal.SIGKILL, marks=pytest.mark.exhaustive)])
+def test_a_server_that_stands_still_or_is_killed_is_replaced_and_costs_no_sample(
+    owner: Owner, model: Model, end: signal.Signals
+):
     engine = owner.engine
     engine.load(model.first)
     assert engine._client is not None
-    pid, restarts = owner.pid, owner.pool.restarts
+    pid, restarts, version = owner.pid, owner.pool.restarts, engine.version
     patience = engine._client.patience
-    engine._client.patience = type(patience)(timeout_seconds=3, retries=3, unreachable_seconds=6)
-    stop = _once(lambda: os.killpg(pid, signal.SIGSTOP))
-    groups = engine.generate(prompts(4), 16, LONG, seed=1, advance=stop)
-    assert _all_there(groups, 4, 16)
+    engine._client.patience = type(patience)(timeout_seconds=3, retries=3, unreachable_seconds=4)
+    (server,) = psutil.Process(pid).children()
+    stop = _once(lambda: os.killpg(pid, end) if end == signal.SIGSTOP else server.kill())
+    groups = engine.generate(prompts(8), 8, LONG, seed=1, advance=stop)
+    assert _all_there(groups, 8, 8)
     assert owner.pool.restarts == restarts + 1 and owner.pid != pid
     assert not psutil.pid_exists(pid)
+    assert engine.version != version
+    assert greedy_of(engine) == greedy_of_trainer(model, model.first)  # the new one has the weights
 
 
 class _Proxy(FakeServer):

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.sglang
 TRANSPORTS = ("disk", "tensor", "distributed")
 GREEDY = SamplingParams(max_new_tokens=12, temperature=0.0, stop_ids=frozenset({7, 20}))
 Engines = Callable[..., SglangEngine]
+_GREEDY: dict[tuple[Path, float], list[tuple[int, ...]]] = {}
 
 
 def prompts(count: int) -> list[Prompt]:
@@ -34,6 +35,13 @@ def prompts(count: int) -> list[Prompt]:
 
 
 def greedy_of_trainer(model: Model, weights: Weights) -> list[tuple[int, ...]]:
+    key = model.directory, weights.scale
+    if key not in _GREEDY:
+        _GREEDY[key] = _sampled_by_trainer(model, weights)
+    return _GREEDY[key]
+
+
+def _sampled_by_trainer(model: Model, weights: Weights) -> list[tuple[int, ...]]:
     engine = LocalEngine(model.hf, model.facts.tokenizer, torch.float32, torch.device("cpu"), 4)
     engine.load(weights)
     return [group.samples[0].response_ids for group in engine.generate(prompts(6), 1, GREEDY, 0)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import psutil
 import pytest
@@ -14,11 +13,11 @@ import torch
 from grpo_mega.rollout.pending import Pending
 from grpo_mega.rollout.sampling import SamplingParams
 from grpo_mega.rollout.sglang import SglangEngine
+from grpo_mega.sync import transport as transports
 from grpo_mega.types import Group
 from tests import tiny
-from tests.processes import run_ranks
-from tests.sglang.conftest import Model, Owner, Weights, assert_all_gone
-from tests.sglang.test_sampling_and_sync import TRANSPORTS, prompts
+from tests.sglang.conftest import Model, Owner, Weights
+from tests.sglang.test_sampling_and_sync import TRANSPORTS, greedy_of, greedy_of_trainer, prompts
 
 pytestmark = [pytest.mark.sglang, pytest.mark.slow]
 
@@ -90,45 +89,40 @@ def test_what_is_cancelled_leaves_the_server_free(external: Engines, model: Mode
     assert pending.missing, "it had come to its end before"
 
 
-def test_a_server_that_dies_under_requests_begun_ahead(owner: Owner, model: Model, monkeypatch):
-    """The next sync brings it back; what had come stays, the rest is asked again."""
+@pytest.mark.parametrize("moment", ["as it takes them", pytest.param("before", marks=pytest.mark.exhaustive)])
+def test_a_server_that_dies_with_new_weights_under_requests_begun_ahead(
+    owner: Owner, model: Model, moment: str, monkeypatch: pytest.MonkeyPatch
+):
+    """It is started again and gets them; what had come stays, the rest is asked again."""
     engine = owner.engine
     monkeypatch.setattr(engine, "block", engine.block.model_copy(update={"max_staleness": 1}))
     engine.load(model.first)
-    restarts, before = owner.pool.restarts, engine.updates
+    pid, restarts, before = owner.pid, owner.pool.restarts, engine.updates
     pending = engine.begin(prompts(PROMPTS), GROUP, LONG, seed=3)
     some_have_come(pending)
-    (server,) = psutil.Process(owner.pid).children()
-    server.kill()
-    server.wait()
+    assert engine._transport is not None
+    kind, killed = type(engine._transport), list[psutil.Process]()
+    whole = kind.send
+
+    def kill() -> None:
+        killed.extend(psutil.Process(pid).children(recursive=True))
+        for process in killed:
+            process.kill()
+
+    def dying(self: transports.Transport, bucket: transports.NamedTensors) -> None:
+        if not killed:
+            kill()
+        whole(self, bucket)
+
+    monkeypatch.setattr(kind, "send", dying)
+    if moment == "before":
+        kill()
+        psutil.wait_procs(killed)
     engine.load(model.second)
+    assert killed and owner.pool.restarts == restarts + 1 and owner.pid != pid
+    assert engine.report is not None and engine.report.attempts == (1 if moment == "before" else 2)
     groups = engine.finish(pending)
     assert [group.prompt.uid for group in groups] == [f"train-{i}" for i in range(PROMPTS)]
-    assert owner.pool.restarts == restarts + 1
     assert {v for group in groups for s in group.samples for v in s.versions} == {before, before + 1}
     check_tokens(model, groups, {before: model.first, before + 1: model.second})
-
-
-def test_a_run_samples_one_step_ahead(sglang_python: str, tmp_path: Path):
-    """On two ranks: every step has all its groups, none is older than allowed, and nothing is left behind."""
-    run_dir = tmp_path / "run"
-    recipe = tiny.recipe_dict(
-        run_dir,
-        rollout={
-            "engine": "sglang",
-            "max_staleness": 1,
-            "dynamic_sampling": {},
-            "sglang": {"python": sglang_python, "timeout_seconds": 60},
-        },
-        parallel={"dp": 2},
-    )
-    assert run_ranks(2, tiny.train_on_pool, recipe) == [0, 0]
-    rows = [row for row in tiny.metrics_of(run_dir) if "rollout/groups_kept" in row]
-    assert len(rows) == 5
-    for number, row in enumerate(rows):
-        assert row["rollout/groups_kept"] == 8 and row["rollout/groups_missing"] == 0
-        # the first step has no step to be sampled in; spare groups wait for one step more
-        assert row["rollout/staleness_max"] <= min(number, 2)
-        assert row["rollout/retried_requests"] == 0
-    assert all(row["rollout/staleness_mean"] > 0 for row in rows[1:])
-    assert_all_gone(run_dir)
+    assert greedy_of(engine) == greedy_of_trainer(model, model.second)

@@ -1,4 +1,4 @@
-"""Two ranks sample from two servers behind a router; one server is killed on the way."""
+"""Two ranks, which share one model, sample from two servers behind a router; one of these is killed."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests import tiny
+from tests.beside import beside_others
 from tests.processes import run_ranks
 from tests.sglang.conftest import assert_all_gone, processes_about
 
@@ -22,6 +23,7 @@ LONGEST_SECONDS = 480  # three times a server starts, with both processors busy
 VICTIM = "server-1"
 
 
+@beside_others
 def test_one_of_two_servers_is_killed_in_a_run(sglang_python: str, tmp_path: Path):
     """Each step trains on all that was asked for, sampled from the trainer's weights, and both servers sample
     to the end."""
@@ -29,7 +31,7 @@ def test_one_of_two_servers_is_killed_in_a_run(sglang_python: str, tmp_path: Pat
     sglang = {"python": sglang_python, "mode": "router", "servers": 2, "concurrency": 16}
     sglang |= {"transport": "distributed", "timeout_seconds": 60}
     rollout = {"engine": "sglang", "sglang": sglang, "prompts_per_step": PROMPTS, "group_size": GROUP}
-    recipe = tiny.recipe_dict(run_dir, rollout=rollout, parallel={"dp": 2})
+    recipe = tiny.recipe_dict(run_dir, rollout=rollout, parallel={"tp": 2})
     killer = threading.Thread(target=_kill_while_it_samples, args=(run_dir / "servers", kept), daemon=True)
     killer.start()
     work = partial(tiny.train_on_pool, dump=kept)
@@ -48,6 +50,7 @@ def test_one_of_two_servers_is_killed_in_a_run(sglang_python: str, tmp_path: Pat
     assert [len(life) for life in lives] == [1, 2]
     assert all(_sampled(life[-1]) for life in lives)
     assert len(_lives(run_dir / "servers", "router")) == 2  # one for each set of servers
+    assert not tiny.beyond_overwrite(run_dir)
     assert_all_gone(run_dir)
 
 

@@ -10,8 +10,9 @@ import pytest
 import yaml
 
 from tests import tiny
-from tests.sglang.conftest import sglang_python  # noqa: F401  # a fixture
-from tests.slurm.cluster import Cluster, Job, words
+from tests.beside import Body, Outcome, running
+from tests.slurm.cluster import Cluster
+from tests.slurm.world import STEPS, World
 
 
 @pytest.fixture(scope="session")
@@ -30,12 +31,13 @@ def cluster() -> Iterator[Cluster]:
 
 @pytest.fixture(scope="session")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Two ranks, eight steps of a fraction of a second."""
+    """Two ranks, a few steps of half a second, most of which they sleep."""
     folder = tmp_path_factory.mktemp("recipe")
     content = tiny.recipe_dict(
         folder / "run",
         parallel={"dp": 2},
-        stages=[{"grpo": {"steps": 8}}],
+        stages=[{"grpo": {"steps": STEPS}}],
+        rollout={"generate": "tests.slurm.unhurried:generate", "prompts_per_step": 4, "prompts_per_batch": 1},
         eval={"every": 0, "samples": 8, "at_start": False},
     )
     content["model"]["scratch"]["layers"] = 2
@@ -45,9 +47,20 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(cluster: Cluster, recipe: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Path]:
-    """Eight steps in one go. Submitted with the first test that wants it, and running beside that one."""
-    run_dir = tmp_path_factory.mktemp("undisturbed") / "run"
-    changes = {"run.dir": run_dir, "train.updates_per_batch": 1}
-    job = cluster.submit("innovation_2_1_ema.sbatch", RECIPE=recipe, OVERRIDES=words(changes))
-    return job, run_dir
+def beside(
+    request: pytest.FixtureRequest,
+    cluster: Cluster,
+    recipe: str,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Outcome]:
+    folder = tmp_path_factory.mktemp("beside")
+    world = World(cluster, recipe, folder / "undisturbed" / "run")
+
+    def call(body: Body) -> None:
+        own = folder / body.__name__
+        own.mkdir()
+        body(world, own)
+
+    with running(request.session.items, call, at_once=None) as outcome:
+        yield outcome
+        cluster.is_ending.set()

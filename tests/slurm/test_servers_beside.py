@@ -10,19 +10,26 @@ import psutil
 import pytest
 
 from tests import tiny
-from tests.slurm.cluster import ROOT, Cluster, Job, words
+from tests.beside import beside_others
+from tests.slurm.cluster import LOOK_EVERY_SECONDS, SERVING, Job, words
+from tests.slurm.world import World
 
 pytestmark = pytest.mark.slurm
+STEPS = 4
+RANKS_AT, SERVERS_AT = SERVING
 COMPONENT = ("--nodes=1", "--ntasks-per-node=1", "--gpus-per-node=0", "--cpus-per-task=4")
-OPTIONS = (*COMPONENT, "--nodelist=node1", ":", *COMPONENT, "--nodelist=node2")
+OPTIONS = (*COMPONENT, f"--nodelist={RANKS_AT}", ":", *COMPONENT, f"--nodelist={SERVERS_AT}")
 
 
-def _submit(cluster: Cluster, recipe: str, python: str, run_dir: Path, **changes: object) -> Job:
-    overrides = {"run.dir": run_dir, "parallel.dp": 1, "rollout.sglang.servers": 1, **changes}
-    command = ["sbatch", "--parsable", f"--output={cluster.jobs}/%j.txt", *OPTIONS]
-    environment = {"RECIPE": recipe, "OVERRIDES": words(overrides), "GRPO_MEGA_SGLANG_PYTHON": python}
-    said = cluster.call(*command, str(ROOT / "slurm" / "rollout_node.sbatch"), environment=environment)
-    return Job(cluster, said.stdout.strip())
+def _submit(world: World, run_dir: Path, **changes: object) -> Job:
+    overrides = {"run.dir": run_dir, "parallel.dp": 1, "rollout.sglang.servers": 1, "train.steps": STEPS}
+    return world.cluster.submit_as_it_is(
+        "rollout_node.sbatch",
+        *OPTIONS,
+        RECIPE=world.recipe,
+        OVERRIDES=words({**overrides, **changes}),
+        GRPO_MEGA_SGLANG_PYTHON=world.sglang_python(),
+    )
 
 
 def _about(run_dir: Path, *wanted: str) -> list[psutil.Process]:
@@ -35,30 +42,33 @@ def _about(run_dir: Path, *wanted: str) -> list[psutil.Process]:
     return found
 
 
-def test_a_dead_server_is_started_again_and_both_components_end_together(
-    cluster: Cluster, recipe: str, sglang_python: str, tmp_path: Path
-):
-    run_dir = tmp_path / "run"
-    job = _submit(cluster, recipe, sglang_python, run_dir, **{"train.updates_per_batch": 1})
+@beside_others
+def test_a_dead_server_is_started_again_and_both_components_end_together(world: World, folder: Path):
+    run_dir = folder / "run"
+    job = _submit(world, run_dir, **{"train.updates_per_batch": 1})
     job.after_step(1, run_dir)
     (url,) = (run_dir / "servers" / "urls.txt").read_text().split()
-    assert url.startswith("http://node2:")
+    assert url.startswith(f"http://{SERVERS_AT}:")
     guard = min(_about(run_dir, "sglang.launch_server"), key=lambda process: process.create_time())
     guard.send_signal(signal.SIGKILL)  # its server dies with it
     assert job.finish() == "COMPLETED", job.output
     job.until(lambda: not _about(run_dir))
     assert "died: starting it again" in (run_dir / "logs" / "serve.txt").read_text()
     rows = [row for row in tiny.metrics_of(run_dir) if "mismatch/abs_max" in row]
-    assert rows[-1]["step"] == 8
+    assert rows[-1]["step"] == STEPS
     assert all(row["mismatch/abs_max"] < 1e-3 for row in rows)  # every sample is of the trainer's weights
-    assert re.search(r"servers on node2 write their addresses to \S+", job.output)
+    assert re.search(rf"servers on {SERVERS_AT} write their addresses to \S+", job.output)
 
 
-def test_without_its_servers_a_job_ends(cluster: Cluster, recipe: str, sglang_python: str, tmp_path: Path):
-    run_dir = tmp_path / "run"
-    job = _submit(cluster, recipe, sglang_python, run_dir)
+@beside_others
+def test_without_its_servers_a_job_ends(world: World, folder: Path):
+    run_dir = folder / "run"
+    job = _submit(world, run_dir)
     serving = ("grpo_mega", " serve ", "--host")
-    job.until(lambda: bool(_about(run_dir, *serving)) and bool(_about(run_dir, "grpo_mega train")))
+    job.until(
+        lambda: bool(_about(run_dir, *serving)) and bool(_about(run_dir, "grpo_mega train")),
+        LOOK_EVERY_SECONDS,
+    )
     for process in _about(run_dir, *serving):
         process.send_signal(signal.SIGKILL)
     assert job.finish() == "FAILED", job.output

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 from grpo_mega.algo import PolicyLoss
-from grpo_mega.certify import certify
+from grpo_mega.certify import Verdict, certify
 from grpo_mega.cli import app
 from grpo_mega.recipe.blocks import LossBlock
 from grpo_mega.self_check import against_the_oracle
@@ -99,6 +100,11 @@ def test_the_oracle_notices_a_loss_that_computes_something_else(monkeypatch: pyt
         against_the_oracle(config, "eager", torch.float32, torch.device("cpu"))
     monkeypatch.setattr(Amic, "metrics", lambda self, moments: {})
     assert not against_the_oracle(config, "eager", torch.float32, torch.device("cpu")).holds
+
+
+def test_a_number_that_is_none_holds_no_law() -> None:
+    assert Verdict("the gradient is that of the value", 0.0, 1e-5).holds
+    assert not Verdict("the gradient is that of the value", math.nan, 1e-5).holds
 
 
 @pytest.mark.slow

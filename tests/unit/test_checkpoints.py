@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from grpo_mega import checkpoints
@@ -19,6 +21,7 @@ from grpo_mega.checkpoints import (
     prune,
     read_state,
 )
+from grpo_mega.engine.saver import Saver
 from grpo_mega.errors import UserError
 from tests.checkpoints import write
 
@@ -81,10 +84,11 @@ def test_a_checkpoint_written_again_replaces_the_first(tmp_path):
 
 
 def test_the_newest_and_the_best_are_kept(tmp_path):
+    engine: Any = None
+    saver = Saver(engine, tmp_path, keep=9, keep_best=True, background=False)
     for step, rate in ((1, 0.2), (2, 0.9), (3, 0.3), (4, 0.4)):
         folder = write(tmp_path, step, pass_rate=rate)
-        if step == 2:
-            point_to(tmp_path, BEST, folder)
+        saver._name(read_state(folder), folder)
     assert best_so_far(tmp_path) == 0.9
     prune(tmp_path, 2, (LATEST, BEST))
     assert [path.name for path in complete_checkpoints(tmp_path)] == [

@@ -44,6 +44,21 @@ def test_ranks_are_laid_out_tensor_first_and_pipeline_last() -> None:
     assert ranks[7] == RankPlace(rank=7, tp=1, cp=0, dp=1, pp=1, ep=0)
 
 
+@pytest.mark.parametrize("sizes", [{"tp": 2, "cp": 2, "dp": 2}, {"cp": 2, "dp": 3, "pp": 2}])
+def test_every_rank_is_where_megatron_puts_it(sizes: dict[str, int]) -> None:
+    from megatron.core.parallel_state import RankGenerator
+
+    places = make_plan(recipe(parallel=sizes, rollout={"prompts_per_step": 12}), shape=None).ranks
+    given = {"tp": 1, "cp": 1, "dp": 1, "pp": 1} | sizes
+    megatron = RankGenerator(**given, ep=1, order="tp-cp-ep-dp-pp")
+    for kind in given:
+        groups: dict[tuple[int, ...], list[int]] = {}
+        for place in places:
+            others = tuple(getattr(place, other) for other in given if other != kind)
+            groups.setdefault(others, []).append(place.rank)
+        assert sorted(groups.values()) == sorted(megatron.get_ranks(kind)), kind
+
+
 def test_expert_ranks_are_the_nearest_data_parallel_ones() -> None:
     ranks = make_plan(recipe(parallel={"dp": 4, "ep": 2}), shape=None).ranks
     assert [place.ep for place in ranks] == [0, 1, 0, 1]
