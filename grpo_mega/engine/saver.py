@@ -46,7 +46,7 @@ from grpo_mega.checkpoints import (
 )
 from grpo_mega.engine.checkpoint import Companions, Engine, sharded_models, sharded_states
 from grpo_mega.errors import UserError
-from grpo_mega.lifetime import serve_parent
+from grpo_mega.lifetime import die_with_parent, serve_parent
 
 PRINTS = ".prints_"
 """What a rank's writer leaves for rank 0: the fingerprints of its files."""
@@ -216,6 +216,8 @@ def _write_and_hash(
     """In the writer's process: the shards, then what they must look like when they are read."""
     if os.getpid() != parent:
         serve_parent(parent)
+        # Megatron writes in a process of its own below this one, and that ends with this one, too.
+        os.register_at_fork(after_in_child=die_with_parent)
     write(rank, buckets, results)
     paths = [Path(bucket[0]) for bucket in buckets]
     with suppress(OSError):  # a file that is not there: the results say why

@@ -63,6 +63,7 @@ class Delivery:
         self._run: Any = None
         self._log: RunLog | None = None
         self._services_before: list[psutil.Process] | None = None
+        self._given_up = False  # the training ended before there was a connection
         self._handed_over: list[Key] = []  # and still owed
         self.attached = threading.Event()
         self.done = threading.Event()
@@ -88,8 +89,18 @@ class Delivery:
         atexit.unregister(self.stop)
         if not in_time and not self.attached.is_set():
             self.last_error = self.last_error or "wandb's server did not answer before the training ended"
+            self._given_up = True
             self._end_service()
+            atexit.register(self._let_thread_end)
         return in_time
+
+    def _let_thread_end(self) -> None:
+        """An interpreter that ends while a thread is in compiled code, such as an import, may end by SIGSEGV or
+        SIGABRT: a run that is done would be called failed."""
+        deadline = time.monotonic() + EXIT_SECONDS
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            self._end_service()
+            self._thread.join(GOODBYE_SECONDS)
 
     @property
     def online(self) -> bool:
@@ -151,6 +162,8 @@ class Delivery:
             # After wandb's own hook, hence run before it, which may wait for minutes.
             atexit.unregister(self.stop)
             atexit.register(self.stop, EXIT_SECONDS)
+        if self._given_up:
+            raise ConnectionAbortedError("the training ended before wandb was there")
         settings: dict[str, Any] = {"silent": True}
         if "WANDB_CONSOLE" not in os.environ:
             settings["console"] = "off"  # wandb would put itself between the progress bar and the terminal

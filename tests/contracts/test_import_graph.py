@@ -14,7 +14,8 @@ PACKAGE = Path(__file__).parents[2] / "grpo_mega"
 
 # Lowest first. A unit imports itself and any unit of a lower layer.
 LAYERS = (
-    ("errors", "lifetime", "ports", "block"),
+    ("errors", "lifetime", "block"),
+    ("ports",),
     ("algo.innovations",),  # options of a recipe that know their arithmetic; torch is for type checkers only
     ("algo.objectives",),
     ("types", "recipe"),

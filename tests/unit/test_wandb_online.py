@@ -3,6 +3,8 @@ once."""
 
 from __future__ import annotations
 
+import atexit
+import threading
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 pytest.importorskip("wandb")
 
+from grpo_mega.monitor import wandb_delivery
 from grpo_mega.monitor.wandb_sync import WandbSyncManager
 from tests import wandb_files
 from tests.wandb_life import SETUP_SECONDS, life, wait_for
@@ -132,6 +135,28 @@ def test_a_server_that_fails_in_the_middle(tmp_path, server, illness):
     assert manager.finish(FINISH_SECONDS)
     _assert_each_step_once(server.all_rows(), range(1, 51))
     assert _backups(tmp_path) == []
+
+
+def test_a_thread_that_is_still_busy_is_waited_for_when_the_interpreter_ends(tmp_path, server, monkeypatch):
+    """Else the process may end by a signal, with all its work done."""
+    goes_on, begun = threading.Event(), threading.Event()
+
+    def recover(*_: object, **__: object) -> set[object]:
+        begun.set()
+        goes_on.wait(30)
+        return set()
+
+    monkeypatch.setattr(wandb_delivery, "recover", recover)
+    manager = WandbSyncManager(tmp_path, "tests")
+    assert not manager.setup_wandb_run(False, {}, wait=0.0)
+    assert begun.wait(10) and not manager.finish(0.05)
+    delivery = manager._delivery
+    assert delivery is not None and delivery._thread.is_alive()
+    atexit.unregister(delivery._let_thread_end)
+    threading.Timer(0.3, goes_on.set).start()
+    delivery._let_thread_end()
+    assert not delivery._thread.is_alive() and not delivery.attached.is_set()
+    assert not server.runs
 
 
 def test_a_slow_server_holds_up_nobody(tmp_path, server):
