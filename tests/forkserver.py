@@ -13,12 +13,14 @@ NEEDED = (
     "grpo_mega.train",
     "grpo_mega.engine.checkpoint",
     "megatron.core.dist_checkpointing.strategies.async_utils",
+    "torch.distributed.launcher.api",
     "transformers.generation",
     "transformers.models.qwen2.modeling_qwen2",
     "transformers.models.qwen3.modeling_qwen3",
     "transformers.models.llama.modeling_llama",
     "tests.tiny",
     "tests.critic",
+    "wandb.sdk.launch",  # which wandb.init looks into
 )
 
 die_with_parent()

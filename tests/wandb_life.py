@@ -1,19 +1,21 @@
-"""One life of a training that logs to wandb, in a process that can be killed: `python -m tests.wandb_life`.
+"""One life of a training that logs to wandb, in a process that can be killed.
 
-Orders come on stdin, one JSON list on each line, [name, argument, ...]; each is answered by one line of JSON.
+Orders come through a pipe, each a list, [name, argument, ...], and each is answered.
 """
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
+
+from tests.commands import become
+from tests.processes import FORKS
 
 SETUP_SECONDS = 60.0  # an upper bound for a loaded machine; it takes one
 METRICS_OF_A_STEP = 60
@@ -35,32 +37,28 @@ class Life:
     """The other end: orders to a process of its own."""
 
     def __init__(self, folder: Path, environment: dict[str, str]):
-        command = [sys.executable, "-m", "tests.wandb_life", str(folder)]
         inherited = {name: value for name, value in os.environ.items() if name != "WANDB_SERVICE"}
-        self.process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-            env=inherited | environment,
-            cwd=Path(__file__).parents[1],
+        self._pipe, theirs = FORKS.Pipe()
+        self.process = FORKS.Process(
+            target=_begin, args=(folder, theirs, inherited | environment), daemon=False
         )
+        self.process.start()
+        theirs.close()
 
     def order(self, name: str, *arguments: object) -> Any:
-        assert self.process.stdin and self.process.stdout
-        self.process.stdin.write(json.dumps([name, *arguments]) + "\n")
-        self.process.stdin.flush()
-        return json.loads(self.process.stdout.readline())
+        self._pipe.send([name, *arguments])
+        return self._pipe.recv()
 
     def kill(self) -> None:
         self.process.kill()  # SIGKILL
-        self.process.wait()
+        self.process.join()
 
     def exit(self, timeout: float) -> int:
-        assert self.process.stdin
-        self.process.stdin.close()
-        return self.process.wait(timeout)
+        self._pipe.close()
+        self.process.join(timeout)
+        if self.process.exitcode is None:
+            raise TimeoutError(f"it did not end in {timeout:g} s")
+        return self.process.exitcode
 
 
 @contextmanager
@@ -70,25 +68,26 @@ def life(folder: Path, environment: dict[str, str]) -> Iterator[Life]:
         yield child
     finally:
         child.kill()
-        for stream in (child.process.stdin, child.process.stdout):
-            if stream:
-                stream.close()
 
 
-def main() -> None:
+def _begin(folder: Path, orders: Connection, environment: dict[str, str]) -> None:
+    become(partial(_live, folder, orders), environment)
+
+
+def _live(folder: Path, orders: Connection) -> None:
+    """Until the other end is closed."""
     from grpo_mega.monitor.wandb_sync import WandbSyncManager
 
-    manager = WandbSyncManager(sys.argv[1], "tests")
-    actions = {
+    manager = WandbSyncManager(folder, "tests")
+    actions: dict[str, Callable[..., Any]] = {
         "setup": lambda resumes, wait: manager.setup_wandb_run(resumes, {"lr": 0.1}, wait=wait),
         "log": lambda first, last: [manager.safe_log(metrics(step), step) for step in range(first, last + 1)],
         "finish": manager.finish,
         "status": manager.get_sync_status,
     }
-    for line in sys.stdin:
-        name, *arguments = json.loads(line)
-        print(json.dumps(actions[name](*arguments)), flush=True)
-
-
-if __name__ == "__main__":
-    main()
+    while True:
+        try:
+            name, *arguments = orders.recv()
+        except EOFError:
+            return
+        orders.send(actions[name](*arguments))

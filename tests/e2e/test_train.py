@@ -25,9 +25,6 @@ ROOT = Path(__file__).parents[2]
 LONGEST_SECONDS = 300
 
 
-OWN = (sys.executable, "-m", "grpo_mega")
-
-
 def _environment() -> dict[str, str]:
     return users_environment() | {"WANDB_MODE": "offline"}
 
@@ -59,7 +56,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     folder = tmp_path_factory.mktemp("finished")
     trackers = [f"--tracker={name}" for name in ("wandb", "tensorboard")]
     recipe = _recipe_file(folder, parallel={"dp": 2}, checkpoint={"every": 3})
-    done = _run("train", recipe, *trackers, prefix=OWN)
+    done = _run("train", recipe, *trackers)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder, done.stdout
 
