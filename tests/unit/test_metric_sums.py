@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from grpo_mega.kernels import native
+from tests.matrices import by_hand
 from tests.strategies import Batch, Config, random_batch
 from tests.weighting import COMBINATIONS, Asked, assert_agrees, composed, fused
 
@@ -31,7 +32,7 @@ def width(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     native._built.cache_clear()
 
 
-@pytest.mark.parametrize("name", ["aggressive", "all"])
+@pytest.mark.parametrize("name", ["aggressive", by_hand("all")])
 def test_vectors_of_any_width_give_the_same_loss_and_metrics(name: str, width: str) -> None:
     """aggressive: ratios of sequences, whose spread is a tenth of their mean."""
     batch = random_batch((0, 1, 3, 40, 130), seed=28).to(torch.float32)
