@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
 from typing import Any
 
 import torch
+from torch._inductor.codecache import CppCodeCache
 
 from grpo_mega.algo import PolicyLoss
 from grpo_mega.algo.aggregate import Denominators
@@ -17,6 +19,10 @@ from grpo_mega.algo.fused import fused_policy_loss
 from grpo_mega.algo.inputs import LossInputs
 from grpo_mega.monitor.metrics import reduce
 from tests.strategies import NORM_LENGTH, Answer, Batch, Config
+
+if shutil.which("openssl"):  # which torch needs for it
+    # Each loss is a program of its own; torch's header, half of the compiler's time, is compiled once.
+    CppCodeCache._get_uncompiled_header = classmethod(lambda cls, device: "ATen/cpu/vec/vec.h")  # type: ignore[method-assign]
 
 Asked = tuple[Answer, dict[str, float]]  # and the reduced metrics
 

@@ -42,15 +42,15 @@ POSTAMBLE = """
 
 
 class Script:
-    """A worker of the test's own: `body` is what each rank does with `rank`."""
+    """A worker of the test's own: `body` is what a rank does with `rank`, `before` what all processes do."""
 
-    def __init__(self, folder: Path, body: str):
+    def __init__(self, folder: Path, body: str, before: str = ""):
         self.folder = folder
         self.path = folder / "script.py"
         work = "def work():\n    rank = int(os.environ['RANK'])\n" + textwrap.indent(
             textwrap.dedent(body), "    "
         )
-        self.path.write_text("\n".join([textwrap.dedent(PREAMBLE), work, textwrap.dedent(POSTAMBLE)]))
+        self.path.write_text("\n".join([textwrap.dedent(PREAMBLE), before, work, textwrap.dedent(POSTAMBLE)]))
 
     def start(self, world_size: int = 2, *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
         environment = {
@@ -229,7 +229,7 @@ def test_a_deaf_rank_does_not_outlive_a_failed_one_and_helpers_go_too(tmp_path: 
             raise ZeroDivisionError("on purpose")
         time.sleep(600)
         """
-    result = Script(tmp_path, body).run()
+    result = Script(tmp_path, body, before="launch.FAILURE_GRACE_SECONDS = 2").run()
     assert result.returncode == 1
     assert result.stderr.splitlines()[-1] == "ZeroDivisionError: on purpose"
     helpers = [int(line) for line in result.stdout.split()]
