@@ -132,6 +132,7 @@ def become(body: Callable[[], None], environment: Mapping[str, str]) -> NoReturn
     os.environ.clear()
     os.environ.update(environment)
     atexit._clear()
+    tempfile.tempdir = None  # it is looked for anew
     for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2):
         if signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, signal.SIG_DFL)

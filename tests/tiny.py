@@ -78,13 +78,13 @@ def random_sequences(
     return sequences
 
 
-def recipe_dict(run_dir: Path, **blocks: object) -> dict:
+def recipe_dict(run_dir: Path, *, layers: int = 2, **blocks: object) -> dict:
     """A few seconds' run whose rewards vary from the first step on: a digit anywhere in the response."""
     recipe: dict = {
         "run": {"dir": str(run_dir)},
         "model": {
             "scratch": {
-                "layers": 4,
+                "layers": layers,
                 "hidden": 64,
                 "heads": 4,
                 "kv_heads": 2,

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import fields, replace
@@ -20,9 +21,15 @@ from grpo_mega.algo.inputs import LossInputs
 from grpo_mega.monitor.metrics import reduce
 from tests.strategies import NORM_LENGTH, Answer, Batch, Config
 
+
+def _header(cls: type, device: str) -> str | None:
+    """Each loss is a program of its own; torch's header, half of the compiler's time, is compiled once, but
+    not for other processors than this one, for which there are few programs."""
+    return None if "ATEN_CPU_CAPABILITY" in os.environ else "ATen/cpu/vec/vec.h"
+
+
 if shutil.which("openssl"):  # which torch needs for it
-    # Each loss is a program of its own; torch's header, half of the compiler's time, is compiled once.
-    CppCodeCache._get_uncompiled_header = classmethod(lambda cls, device: "ATen/cpu/vec/vec.h")  # type: ignore[method-assign]
+    CppCodeCache._get_uncompiled_header = classmethod(_header)  # type: ignore[method-assign]
 
 Asked = tuple[Answer, dict[str, float]]  # and the reduced metrics
 

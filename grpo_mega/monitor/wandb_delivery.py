@@ -95,8 +95,8 @@ class Delivery:
         return in_time
 
     def _let_thread_end(self) -> None:
-        """An interpreter that ends while a thread is in compiled code, such as an import, may end by SIGSEGV or
-        SIGABRT: a run that is done would be called failed."""
+        """An interpreter that ends while a thread is in compiled code, such as an import, may end by SIGSEGV
+        or SIGABRT: a run that is done would be called failed."""
         deadline = time.monotonic() + EXIT_SECONDS
         while self._thread.is_alive() and time.monotonic() < deadline:
             self._end_service()

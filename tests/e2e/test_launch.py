@@ -15,9 +15,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.commands import Command
+
 GONE_WITHIN_SECONDS = 30
 START_WITHIN_SECONDS = 120
 ROOT = Path(__file__).parents[2]
+PLAIN = ()  # an interpreter that starts, and nothing between
 
 PREAMBLE = """
     import os, signal, subprocess, sys, time
@@ -52,13 +55,18 @@ class Script:
         )
         self.path.write_text("\n".join([textwrap.dedent(PREAMBLE), before, work, textwrap.dedent(POSTAMBLE)]))
 
-    def start(self, world_size: int = 2, *, launcher: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+    def start(
+        self, world_size: int = 2, *, launcher: tuple[str, ...] | None = None
+    ) -> Command | subprocess.Popen[str]:
+        """Forked, or by an interpreter and `launcher`."""
         environment = {
             name: value for name, value in os.environ.items() if name not in ("RANK", "OMP_NUM_THREADS")
-        }
+        } | {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)}
+        if launcher is None:
+            return Command(self.folder, world_size, script=self.path, environment=environment)
         return subprocess.Popen(
             [sys.executable, *launcher, str(self.path), str(self.folder), str(world_size)],
-            env=environment | {"PYTHONPATH": str(ROOT), "TMPDIR": str(self.folder)},
+            env=environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -67,10 +75,12 @@ class Script:
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
 
-    def run(self, world_size: int = 2, *, launcher: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, world_size: int = 2, *, launcher: tuple[str, ...] | None = None
+    ) -> subprocess.CompletedProcess[str]:
         process = self.start(world_size, launcher=launcher)
         out, err = process.communicate(timeout=START_WITHIN_SECONDS)
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return subprocess.CompletedProcess(str(self.path), process.wait(), out, err)
 
     def ranks_up(self, world_size: int = 2) -> list[psutil.Process]:
         """Waits until every rank has said that it is up."""
@@ -85,7 +95,7 @@ class Script:
 @contextmanager
 def running(
     script: Script, world_size: int = 2
-) -> Iterator[tuple[subprocess.Popen[str], list[psutil.Process]]]:
+) -> Iterator[tuple[Command | subprocess.Popen[str], list[psutil.Process]]]:
     process = script.start(world_size)
     ranks: list[psutil.Process] = []
     try:
@@ -114,7 +124,7 @@ def test_every_rank_joins_the_others_with_one_thread_each(tmp_path: Path):
         sys.stdout.write(f"{total.item()} {torch.get_num_threads()}\\n")
         dist.destroy_process_group()
         """,
-    ).run()
+    ).run(launcher=PLAIN)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.splitlines() == ["3.0 1", "3.0 1"]  # 1 + 2 on both
     assert not list(tmp_path.glob("*mega*")) and not list(tmp_path.glob("torchelastic*"))

@@ -14,6 +14,7 @@ from grpo_mega.errors import UserError
 from tests import tiny
 from tests.matrices import by_hand
 
+LAYERS = 4  # two chunks of a stage and two stages
 CHECKPOINT = {"every": 3, "keep": 9, "async": True}
 
 
@@ -29,7 +30,7 @@ def _rewind(run_dir: Path, target: Path, step: int) -> Path:
 def uninterrupted(ranks, tmp_path_factory):
     """Two supervised and five policy steps at TP2 x PP2; checkpoints after steps 2 (stage end), 5 and 7."""
     run_dir = tmp_path_factory.mktemp("run") / "whole"
-    recipe = tiny.recipe_dict(run_dir, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
+    recipe = tiny.recipe_dict(run_dir, layers=LAYERS, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
     ranks(4).run(tiny.train_on_pool, recipe)
     return run_dir
 
@@ -37,7 +38,7 @@ def uninterrupted(ranks, tmp_path_factory):
 @pytest.mark.parametrize("step", [by_hand(2), 5])
 def test_same_layout_continues_bitwise(step, uninterrupted, ranks, tmp_path):
     run_dir = _rewind(uninterrupted, tmp_path / "resumed", step)
-    recipe = tiny.recipe_dict(run_dir, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
+    recipe = tiny.recipe_dict(run_dir, layers=LAYERS, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
     ranks(4).run(tiny.train_on_pool, recipe, resume=True)
     assert tiny.metrics_of(run_dir) == tiny.metrics_of(uninterrupted)
 
@@ -47,7 +48,7 @@ def test_same_layout_continues_bitwise(step, uninterrupted, ranks, tmp_path):
 )
 def test_other_layout_continues_the_same_run(parallel, uninterrupted, ranks, tmp_path):
     run_dir = _rewind(uninterrupted, tmp_path / "resumed", 5)
-    recipe = tiny.recipe_dict(run_dir, parallel=parallel, checkpoint=CHECKPOINT)
+    recipe = tiny.recipe_dict(run_dir, layers=LAYERS, parallel=parallel, checkpoint=CHECKPOINT)
     size = parallel.get("dp", 1) * parallel.get("pp", 1)
     ranks(size).run(tiny.train_on_pool, recipe, resume=True)
     resumed, whole = tiny.metrics_of(run_dir), tiny.metrics_of(uninterrupted)
@@ -91,7 +92,7 @@ def test_a_damaged_shard_is_named_and_the_checkpoint_before_it_used(
     run_dir = _rewind(uninterrupted, tmp_path / "resumed", 7)
     shard = sorted((run_dir / "checkpoints" / "step_000007").glob("*.distcp"))[-1]
     damage(shard)
-    recipe = tiny.recipe_dict(run_dir, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
+    recipe = tiny.recipe_dict(run_dir, layers=LAYERS, parallel={"tp": 2, "pp": 2}, checkpoint=CHECKPOINT)
     ranks(4).run(tiny.train_on_pool, recipe, resume=True)
     events = [json.loads(line) for line in (run_dir / "events.jsonl").read_text().splitlines()]
     assert "after step 5" in [event["message"] for event in events if event["kind"] == "resume"]
@@ -128,7 +129,9 @@ def _train_with_small_files(recipe: dict[str, object], limit: int) -> str:
 @pytest.mark.parametrize("background", [by_hand(True), False], ids=["async", "sync"])
 def test_a_full_disk_leaves_the_checkpoint_before_it_whole(background, ranks, tmp_path):
     checkpoint = {"every": 3, "keep": 9, "async": background}
-    recipe = tiny.recipe_dict(tmp_path, parallel={"dp": 2}, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}})
+    recipe = tiny.recipe_dict(
+        tmp_path, layers=LAYERS, parallel={"dp": 2}, checkpoint=checkpoint, loss={"kl": {"coef": 0.0}}
+    )
     said = ranks(2).run(_train_with_small_files, recipe, limit=1 << 20)
     assert all("step_000007" in text and "could not" in text for text in said), said
     left = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())

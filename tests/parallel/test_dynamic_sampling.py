@@ -22,7 +22,7 @@ ROLLOUT = {"group_size": 2, "dynamic_sampling": {"over_sample": 1.5, "max_extra_
 
 def recipe_of(run_dir: Path, **blocks: Any) -> dict[str, Any]:
     rollout = ROLLOUT | blocks.pop("rollout", {})
-    return tiny.recipe_dict(run_dir, rollout=rollout, **blocks)
+    return tiny.recipe_dict(run_dir, layers=4, rollout=rollout, **blocks)
 
 
 def steps_of(run_dir: Path) -> list[dict[str, float]]:

@@ -8,6 +8,7 @@ from grpo_mega.recipe.blocks import ParallelBlock
 from tests import tiny
 from tests.matrices import covering
 
+LAYERS = 4  # two chunks of a stage and two stages
 LAYOUTS = {
     "dp2": {"dp": 2},
     "tp2": {"tp": 2},
@@ -25,7 +26,7 @@ LAYOUTS = {
 def single(ranks, tmp_path_factory):
     """The metrics of the run on one rank."""
     run_dir = tmp_path_factory.mktemp("one")
-    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(run_dir))
+    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(run_dir, layers=LAYERS))
     return tiny.metrics_of(run_dir)
 
 
@@ -41,7 +42,7 @@ def test_the_run_has_something_to_compare(single):
 def test_same_numbers_on_every_layout(layout, single, ranks, tmp_path):
     parallel = LAYOUTS[layout]
     ranks(ParallelBlock(**parallel).world_size).run(
-        tiny.train_on_pool, tiny.recipe_dict(tmp_path, parallel=parallel)
+        tiny.train_on_pool, tiny.recipe_dict(tmp_path, layers=LAYERS, parallel=parallel)
     )
     _assert_close(tiny.metrics_of(tmp_path), single)
 
@@ -98,7 +99,7 @@ def test_bitwise_the_same_twice(layout, ranks, tmp_path):
 
 
 def test_another_seed_is_another_run(single, ranks, tmp_path):
-    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, seed=1))
+    ranks(1).run(tiny.train_on_pool, tiny.recipe_dict(tmp_path, layers=LAYERS, seed=1))
     first, other = single[1], tiny.metrics_of(tmp_path)[1]
     assert other["sft/loss"] != first["sft/loss"]
 

@@ -22,7 +22,7 @@ def recipe_of(run_dir: Path, **blocks: object) -> dict[str, Any]:
         "advantage": {"estimator": "gae"},
         "critic": {"kind": "value", "lr": 1e-3, "grad_clip": 1.0, "gamma": 0.9, "lam": 0.8},
     }
-    return tiny.recipe_dict(run_dir, **{**given, **blocks})
+    return tiny.recipe_dict(run_dir, layers=4, **{**given, **blocks})
 
 
 @pytest.fixture(scope="module")

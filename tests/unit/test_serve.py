@@ -18,6 +18,7 @@ from grpo_mega.ports import free_port
 from grpo_mega.recipe import load_recipe
 from grpo_mega.rollout.addresses import wait_for_addresses, write_addresses
 from grpo_mega.rollout.server import ServerSpec
+from tests.commands import run_command
 from tests.fake_sglang import FakeServer
 from tests.unit.test_server_guard import _group
 
@@ -147,10 +148,7 @@ def test_servers_of_one_machine_take_gpus_of_their_own(tmp_path: Path):
 
 
 def test_a_recipe_without_servers_is_refused(tmp_path: Path):
-    done = subprocess.run(
-        [sys.executable, "-m", "grpo_mega", "serve", "recipes/quickstart.yaml"],
-        cwd=ROOT, capture_output=True, text=True, timeout=LONGEST_SECONDS, check=False,
-    )  # fmt: skip
+    done = run_command("serve", "recipes/quickstart.yaml")
     assert done.returncode == 2 and "rollout.engine local has no servers" in done.stderr
 
 
