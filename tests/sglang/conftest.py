@@ -89,6 +89,7 @@ def installed_sglang() -> str:
 @pytest.fixture(scope="session", autouse=True)
 def beside(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outcome]:
     """One after another, beside the tests of the shared server."""
+    tmp_path_factory.getbasetemp()  # made here: two threads that ask first would get two
 
     def call(body: Body) -> None:
         body(installed_sglang(), tmp_path_factory.mktemp(body.__name__[:30]))
