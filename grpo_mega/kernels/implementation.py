@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+from pathlib import Path
 from typing import Literal
 
 from grpo_mega.errors import UserError
@@ -49,6 +50,22 @@ def triton_installed() -> bool:
 def interpreting() -> bool:
     """Triton's own switch: its kernels then run, slowly, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def suit_torch_compile() -> None:
+    """Before the first torch.compile. Its cache does not tell processors apart: where one has other vectors
+    (another node with the same home, or ATEN_CPU_CAPABILITY), gradients would be wrong. And it calls openssl
+    for a header that it can do without."""
+    import torch
+    from torch._inductor import config
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    vectors = torch.backends.cpu.get_cpu_capability().lower()
+    folder = Path(cache_dir())
+    if folder.name != vectors:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / vectors)
+    if shutil.which("openssl") is None:
+        config.cpp_cache_precompile_headers = False
 
 
 def has_compiler() -> bool:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
+
 import pytest
+import torch
+from torch._inductor import config
 
 from grpo_mega.errors import UserError
 from grpo_mega.kernels import implementation
-from grpo_mega.kernels.implementation import choose
+from grpo_mega.kernels.implementation import choose, suit_torch_compile
 
 
 @pytest.mark.parametrize(
@@ -38,3 +43,24 @@ def test_what_cannot_be_had_is_refused_and_not_replaced(monkeypatch: pytest.Monk
 def test_triton_runs_in_its_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choose("triton", on_gpu=False, vocab=10) == "triton"
+
+
+def test_what_was_compiled_is_kept_by_the_width_of_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch's cache gives a processor what was compiled for another one, and gradients are wrong."""
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    for width in ("AVX512", "AVX2"):
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path)
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda width=width: width)
+        for _ in range(2):  # by whoever compiles
+            suit_torch_compile()
+            assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / width.lower())
+
+
+def test_openssl_is_not_needed_to_compile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with config.patch(cpp_cache_precompile_headers=True):
+        suit_torch_compile()
+        assert not config.cpp_cache_precompile_headers
