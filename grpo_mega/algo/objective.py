@@ -39,7 +39,7 @@ from grpo_mega.algo.innovations._base import Credit, Level, Objective, Smoothing
 from grpo_mega.algo.inputs import LossInputs, row_inputs
 from grpo_mega.algo.rows import Rows, TokenView, to_be_compiled
 from grpo_mega.algo.traces import MomentsByName, Traces
-from grpo_mega.kernels.implementation import Implementation, suit_torch_compile
+from grpo_mega.kernels.implementation import Implementation, prepare_torch_compile
 from grpo_mega.monitor import histogram
 from grpo_mega.monitor.metrics import Metric, Metrics
 from grpo_mega.recipe.blocks import LossBlock
@@ -154,7 +154,7 @@ class PolicyLoss:
         """For any number of rows: only their width is compiled in, one of two."""
         # What was compiled is kept with the code object: each loss gets its own, or they would crowd each
         # other out.
-        suit_torch_compile()
+        prepare_torch_compile()
         to_be_compiled()
         function = type(self)._composed
         own = FunctionType(function.__code__.replace(), function.__globals__)

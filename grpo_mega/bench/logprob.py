@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from grpo_mega.kernels.implementation import suit_torch_compile
+from grpo_mega.kernels.implementation import prepare_torch_compile
 from grpo_mega.kernels.logprob import linear_logprob
 
 MEBIBYTE = 2**20
@@ -180,7 +180,7 @@ class Problem:
         if self.job.variant == "naive":
             return naive
         if self.job.variant == "naive compiled":
-            suit_torch_compile()
+            prepare_torch_compile()
             return torch.compile(naive)
         return self._ours
 

@@ -15,7 +15,7 @@ from functools import cache
 
 import torch
 
-from grpo_mega.kernels.implementation import Implementation, suit_torch_compile
+from grpo_mega.kernels.implementation import Implementation, prepare_torch_compile
 
 BLOCK_ELEMENTS = 1 << 18
 """Eager: elements worked on together (1 MiB), so that all passes over them but the first stay in cache."""
@@ -166,7 +166,7 @@ def _differentiate_eager(
 
 def _compiled() -> Epilogue:
     """Compiled at the first use, once for all sizes; but sizes of 0 and 1 would each be compiled anew."""
-    suit_torch_compile()
+    prepare_torch_compile()
     folded = torch.compile(_folded, dynamic=True)
     differentiated = torch.compile(_differentiated, dynamic=True)
 

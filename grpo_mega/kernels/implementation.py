@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import shutil
@@ -52,20 +53,37 @@ def interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0") == "1"
 
 
-def suit_torch_compile() -> None:
-    """Before the first torch.compile. Its cache does not tell processors apart: where one has other vectors
-    (another node with the same home, or ATEN_CPU_CAPABILITY), gradients would be wrong. And it calls openssl
-    for a header that it can do without."""
-    import torch
+def prepare_torch_compile() -> None:
+    """Call it before torch compiles anything. It gives torch's cache a folder for this kind of processor, and
+    lets torch compile where there is no openssl.
+
+    torch's cache does not tell processors apart. In a cache that two of them share (nodes with one home, or
+    ATEN_CPU_CAPABILITY set for some runs) one finds the other's code, and gradients are wrong. openssl is
+    only used to check a header that is compiled beforehand, and that can be left out.
+    """
     from torch._inductor import config
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 
-    vectors = torch.backends.cpu.get_cpu_capability().lower()
-    folder = Path(cache_dir())
-    if folder.name != vectors:
-        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / vectors)
+    folder, own = Path(cache_dir()), kind_of_processor()
+    if folder.name != own:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder / own)
     if shutil.which("openssl") is None:
         config.cpp_cache_precompile_headers = False
+
+
+def kind_of_processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """What code compiled here may rely on: the vectors torch uses, and a hash of all the instructions the
+    system lists.
+
+    Example: "avx512-1f0c3a9e"
+    """
+    import torch
+
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
+    instructions = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    listed = " ".join(sorted(instructions.partition(":")[2].split()))
+    digest = hashlib.blake2b(listed.encode(), digest_size=4).hexdigest()
+    return f"{torch.backends.cpu.get_cpu_capability().lower()}-{digest}"
 
 
 def has_compiler() -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from grpo_mega.kernels.implementation import suit_torch_compile
+from grpo_mega.kernels.implementation import prepare_torch_compile
 from grpo_mega.kernels.weighting_options import (
     CLAMPED_BEYOND,
     LOG_RATIO_BOUND,
@@ -161,7 +161,7 @@ def _built(
     # seconds of import, which a run without this kernel does not pay
     from torch._inductor.codecache import CppCodeCache
 
-    suit_torch_compile()
+    prepare_torch_compile()
     source = "\n".join([prelude(switches, token_advantages, rows, dict(codes)), *_files()])
     function = CppCodeCache.load(source).policy_loss
     function.argtypes, function.restype = [ctypes.c_void_p], None
